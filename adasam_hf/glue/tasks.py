@@ -1,0 +1,85 @@
+"""The frozen table of GLUE's nine tasks, as the hub's `nyu-mll/glue` and the leaderboard define them."""
+
+from dataclasses import dataclass
+from types import MappingProxyType
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task.
+
+    name: configuration name on the hub.
+    texts: the one or two text columns.
+    labels: label names by index; empty for regression.
+    metrics: the official metrics; the first one ranks models where one must.
+    evaluations: validation split → suffix of its metrics (MNLI has two).
+    submissions: test split → file that the leaderboard takes.
+    named_labels: whether the submission has label names; otherwise it has numbers.
+    """
+
+    name: str
+    texts: tuple[str, ...]
+    labels: tuple[str, ...]
+    metrics: tuple[str, ...]
+    submissions: tuple[tuple[str, str], ...]
+    evaluations: tuple[tuple[str, str], ...] = (("validation", ""),)
+    named_labels: bool = False
+
+    @property
+    def is_regression(self) -> bool:
+        return not self.labels
+
+
+_PAIR = ("sentence1", "sentence2")
+_ENTAILMENT = ("entailment", "not_entailment")
+
+TASKS = MappingProxyType(
+    {
+        task.name: task
+        for task in (
+            Task(
+                "cola",
+                ("sentence",),
+                ("unacceptable", "acceptable"),
+                ("matthews_correlation",),
+                (("test", "CoLA.tsv"),),
+            ),
+            Task("sst2", ("sentence",), ("negative", "positive"), ("accuracy",), (("test", "SST-2.tsv"),)),
+            Task("mrpc", _PAIR, ("not_equivalent", "equivalent"), ("f1", "accuracy"), (("test", "MRPC.tsv"),)),
+            Task("stsb", _PAIR, (), ("pearson", "spearmanr"), (("test", "STS-B.tsv"),)),
+            Task(
+                "qqp",
+                ("question1", "question2"),
+                ("not_duplicate", "duplicate"),
+                ("f1", "accuracy"),
+                (("test", "QQP.tsv"),),
+            ),
+            Task(
+                "mnli",
+                ("premise", "hypothesis"),
+                ("entailment", "neutral", "contradiction"),
+                ("accuracy",),
+                (("test_matched", "MNLI-m.tsv"), ("test_mismatched", "MNLI-mm.tsv")),
+                evaluations=(("validation_matched", ""), ("validation_mismatched", "_mm")),
+                named_labels=True,
+            ),
+            Task(
+                "qnli",
+                ("question", "sentence"),
+                _ENTAILMENT,
+                ("accuracy",),
+                (("test", "QNLI.tsv"),),
+                named_labels=True,
+            ),
+            Task("rte", _PAIR, _ENTAILMENT, ("accuracy",), (("test", "RTE.tsv"),), named_labels=True),
+            Task("wnli", _PAIR, ("not_entailment", "entailment"), ("accuracy",), (("test", "WNLI.tsv"),)),
+        )
+    }
+)
+
+
+def get_task(name: str) -> Task:
+    """The task called `name`; ValueError with the list of names if there is none."""
+    if name not in TASKS:
+        raise ValueError(f"task_name={name!r} is no GLUE task; choose one of {', '.join(TASKS)}")
+    return TASKS[name]

@@ -1,0 +1,164 @@
+"""The climb to the worst nearby weights and the exact way back.
+
+Knows tensors and parameter groups only: no closure, no Trainer, no update rule.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.optim.sgd import sgd
+from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
+
+
+def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """Global L2 norm √(Σ‖gᵢ‖²) over tensors of any shapes.
+
+    Accumulated in float32 (float64 if any gradient is float64): the norm of half-precision
+    gradients is inaccurate or infinite in their own dtype.
+
+    Returns: a 0-d tensor on the device of the first gradient; the host does not wait for it.
+    """
+    wide = any(g.dtype == torch.float64 for g in gradients)
+    norms = torch._foreach_norm(gradients, 2.0, dtype=torch.float64 if wide else torch.float32)
+    return torch.linalg.vector_norm(torch.stack([n.to(norms[0].device, non_blocking=True) for n in norms]))
+
+
+def check_radius(rho: float, name: str = "rho") -> float:
+    """Return `rho` if it is a finite number >= 0; raise ValueError otherwise."""
+    if isinstance(rho, bool) or not isinstance(rho, (int, float)) or not (math.isfinite(rho) and rho >= 0):
+        raise ValueError(f"{name}={rho!r} must be a finite number >= 0 (0 switches the ascent off; try 0.05)")
+    return rho
+
+
+class Perturbation:
+    r"""Moves an optimizer's parameters to w + δ and back, for any `torch.optim.Optimizer`.
+
+    δ_g = ρ_g · s / ‖s‖₂ for each parameter group g (step 2 of Algorithm 1, arXiv:2303.00565), where
+    s is the gradient in ``.grad`` when the ascent begins and ‖s‖₂ is **one** norm over every gradient of
+    all groups::
+
+        perturbation = Perturbation(optimizer)
+        loss(w).backward()
+        with perturbation.perturbed(0.05):
+            loss(w).backward()      # the gradient at w + δ
+        optimizer.step()            # from w, restored bit for bit
+
+    - Parameters without a gradient, and groups with radius 0, keep their bits. A group with radius 0
+      still counts in the norm.
+    - If ‖s‖ is 0 or not finite nothing moves.
+    - No host–device synchronization. On devices without torch's fused kernels the climb is a loop.
+    - The saved weights live here (one copy of the climbing parameters, kept between steps), never in
+      ``optimizer.state``. Groups are read at each ascent, so new or replaced groups are seen.
+
+    Args:
+        optimizer: anything with torch's ``param_groups``.
+    """
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+        self._buffers: dict[Tensor, Tensor] = {}
+        self._saved: tuple[list[Tensor], list[Tensor]] | None = None
+
+    @property
+    def active(self) -> bool:
+        """Whether the weights are away from w now."""
+        return self._saved is not None
+
+    @torch.no_grad()
+    def ascend(self, rho: float | Sequence[float]) -> Tensor:
+        """w ← w + ρ·s/‖s‖, and take the gradients away (``.grad = None``) for the second pass.
+
+        Args:
+            rho: radius in weight units, finite and >= 0: one for all groups, or one for each.
+
+        Returns: ‖s‖₂, 0-d. 0, NaN or infinity mean that nothing moved.
+
+        Raises:
+            ValueError: for a bad radius, or a number of radii that is not the number of groups.
+            RuntimeError: when called twice without `restore`, without any gradient, or with sparse ones.
+        """
+        if self.active:
+            raise RuntimeError("the weights are already perturbed; call restore() before the next ascend()")
+        groups = self.optimizer.param_groups
+        radii = list(rho) if isinstance(rho, Sequence) else [rho] * len(groups)
+        if len(radii) != len(groups):
+            raise ValueError(f"rho={rho!r} has {len(radii)} radii for {len(groups)} parameter groups; give one for each")
+        climbs = [
+            ([p for p in group["params"] if p.grad is not None], check_radius(radius))
+            for group, radius in zip(groups, radii, strict=True)
+        ]
+        gradients = [p.grad for params, _ in climbs for p in params]
+        if not gradients:
+            raise RuntimeError("no parameter has a gradient; call loss.backward() before ascend()")
+        if any(g.is_sparse for g in gradients):
+            raise RuntimeError("sparse gradients have no ascent; use dense ones (nn.Embedding(..., sparse=False))")
+
+        norm = gradient_norm(gradients)
+        moving = [p for params, radius in climbs if radius > 0 for p in params]
+        saved = [self._buffer(p) for p in moving]
+        if moving:
+            torch._foreach_copy_(saved, moving)
+        # Complete before the first change, so that an interrupt anywhere from here on can be undone.
+        self._saved = (moving, saved)
+        for params, radius in climbs:
+            if params and radius > 0:
+                _climb(params, [p.grad for p in params], radius, norm)
+        for params, _ in climbs:
+            for p in params:
+                p.grad = None
+        # An enclosing autocast region would go on using its half-precision casts of the old weights.
+        torch.clear_autocast_cache()
+        return norm
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """w + δ → w by copying, bit for bit. Does nothing if the weights are not perturbed."""
+        if self._saved is None:
+            return
+        moving, saved = self._saved
+        if moving:
+            torch._foreach_copy_(moving, saved)
+        self._saved = None
+        torch.clear_autocast_cache()
+
+    @contextmanager
+    def perturbed(self, rho: float | Sequence[float]) -> Iterator[Tensor]:
+        """`ascend` on entry, `restore` on exit, also when the body raises. Yields the gradient norm."""
+        try:
+            yield self.ascend(rho)
+        finally:
+            try:
+                self.restore()
+            finally:
+                self.restore()  # where Ctrl-C cut the first call short
+
+    def release(self) -> None:
+        """Restore and free the saved copy."""
+        self.restore()
+        self._buffers.clear()
+
+    def _buffer(self, p: Tensor) -> Tensor:
+        buffer = self._buffers.get(p)
+        if buffer is None or buffer.shape != p.shape or buffer.dtype != p.dtype or buffer.device != p.device:
+            buffer = self._buffers[p] = torch.empty_like(p, requires_grad=False)
+        return buffer
+
+
+def _climb(params: list[Tensor], gradients: list[Tensor], rho: float, norm: Tensor) -> None:
+    """params += rho · gradients / norm, or nothing if norm is 0 or not finite, without asking the host."""
+    blocked = ~(torch.isfinite(norm) & (norm > 0))
+    if all(p.device.type in _get_fused_kernels_supported_devices() and p.is_floating_point() for p in params):
+        # One read of p and g and one write of p: SGD's fused kernel with rate -rho/norm, which leaves the
+        # weights alone where found_inf is set (a zero scale would not: 0 · inf is NaN).
+        rate = -rho / norm if norm.device.type == "cpu" else (-rho / norm).float()  # the others read a float32
+        sgd(
+            params, gradients, [None] * len(params), fused=True, found_inf=blocked.float(), lr=rate,
+            weight_decay=0.0, momentum=0.0, dampening=0.0, nesterov=False, maximize=False,
+        )  # fmt: skip
+    else:
+        scale = torch.where(blocked, 0.0, rho / norm)
+        for p, g in zip(params, gradients, strict=True):
+            p.add_(torch.where(blocked.to(p.device), 0, g) * scale.to(p.device))

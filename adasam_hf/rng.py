@@ -1,0 +1,70 @@
+"""Capture and replay randomness, so that both passes draw the same dropout masks.
+
+A pass may draw from torch (the host's generator and the current accelerator's), from Python's `random`
+and from NumPy; the model files of Transformers use all of them.
+"""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class RandomState(NamedTuple):
+    """The states of all generators at one instant."""
+
+    host: Tensor
+    device: Tensor | None
+    python: tuple
+    numpy: tuple
+
+
+def _device_module():
+    """The module of the current accelerator, if it has been used; asking must not initialize it."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if accelerator is None:
+        return None
+    module = torch.get_device_module(accelerator)
+    return module if getattr(module, "is_initialized", lambda: True)() else None
+
+
+def capture() -> RandomState:
+    """Snapshot every generator. Costs microseconds."""
+    module = _device_module()
+    return RandomState(
+        torch.get_rng_state(),
+        None if module is None else module.get_rng_state(),
+        random.getstate(),
+        np.random.get_state(),
+    )
+
+
+def _set(state: RandomState) -> None:
+    torch.set_rng_state(state.host)
+    if state.device is not None:
+        _device_module().set_rng_state(state.device)
+    random.setstate(state.python)
+    np.random.set_state(state.numpy)
+
+
+@contextmanager
+def replay(state: RandomState) -> Iterator[None]:
+    """Draw again inside the block what was drawn after `state` was captured; go on outside as if it had not run.
+
+    ::
+
+        masks = rng.capture()
+        loss_fn(model(x), y).backward()
+        with optimizer.perturbed(), rng.replay(masks):
+            loss_fn(model(x), y).backward()
+    """
+    resume = capture()
+    _set(state)
+    try:
+        yield
+    finally:
+        _set(resume)

@@ -1,0 +1,224 @@
+"""The two-pass training step as a mixin for any Transformers `Trainer`."""
+
+import os
+import re
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Seq2SeqTrainer, Trainer
+from transformers.utils import logging
+
+from . import rng
+from .distributed import refuse_unsupported
+from .optim import AdaSAM
+from .perturbation import Perturbation
+from .training_args import RADIUS_ZERO, SGD_NAMES, SharpnessAwareArgumentsMixin
+
+logger = logging.get_logger(__name__)
+
+
+class SharpnessAwareTrainerMixin:
+    r"""Makes a `Trainer` class sharpness-aware; combine it in front::
+
+        class MyAdaSAMTrainer(SharpnessAwareTrainerMixin, MyTrainer): ...
+
+    One optimizer step over a window of k micro-batches, with weights w and radius ρ:
+
+    1. ascent: the stock `training_step` at w gives s, the gradient that a stock step would use;
+    2. climb: w + δ with δ = ρ s/‖s‖₂ (`Perturbation`);
+    3. descent: the stock `training_step` again on the same micro-batches with the same dropout masks gives g;
+    4. w is restored bit for bit, and the Trainer goes on (clipping, update) with g.
+
+    In scope ``batch`` steps 2–4 happen inside the call for the last micro-batch and use the gradient of the whole
+    window, so k micro-batches equal one k times larger batch; in scope ``microbatch`` each call does them for its own
+    micro-batch (m-sharpness, arXiv:2010.01412). Either way the weights are away from w only inside one call:
+    callbacks, evaluations and checkpoints see w. With radius 0 nothing is added and a stock run results, bit for bit.
+
+    The radius is ``args.sam_rho``; unset, it is that of the `AdaSAM` instance in use, 0.05 for ``optim="sam"`` and 0
+    for all else. Logged beside the loss at w: ``sam_loss`` (at w + δ), ``sam_gap`` (their difference),
+    ``sam_grad_norm`` (‖s‖₂ of the last step) and ``sam_rho``.
+
+    Raises:
+        TypeError: if `args` lacks the sharpness-aware arguments.
+        NotImplementedError: before training, where the two-pass step is not shown to be right.
+    """
+
+    def __init__(self, model=None, args=None, *more, **kwargs):
+        if not isinstance(args, SharpnessAwareArgumentsMixin):
+            raise TypeError(
+                f"args={type(args).__name__} has no sharpness-aware arguments; pass AdaSAMTrainingArguments, or a "
+                "class that combines SharpnessAwareArgumentsMixin with your own arguments"
+            )
+        self._perturbation: Perturbation | None = None
+        self._radii: list[float] = []  # one for each parameter group, fixed when training starts
+        self._window_size = 0
+        self._forget_window()
+        super().__init__(model, args, *more, **kwargs)
+
+    # ---- the optimizer and the radius ----
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args, model=None) -> tuple[Any, dict[str, Any]]:
+        """As in Transformers, with the names of this package. (A plain Trainer does not know them and fails.)"""
+        return args.own_optimizer() or Trainer.get_optimizer_cls_and_kwargs(args.stock(), model)
+
+    def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
+        """As in Transformers; refuses what is not supported before anything is wrapped or trained."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if any(self._resolve_radii()):
+            refuse_unsupported(self)
+        return optimizer
+
+    def _own_adasam(self) -> AdaSAM | None:
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # Accelerate wraps it
+        return optimizer if isinstance(optimizer, AdaSAM) else None
+
+    def _resolve_radii(self) -> list[float]:
+        groups = self.optimizer.param_groups
+        if self.args.sam_rho is None and self.args.optim not in RADIUS_ZERO and self._own_adasam():
+            return [group["rho"] for group in groups]
+        return [self.args.resolved_rho] * len(groups)
+
+    def _start_perturbing(self) -> None:
+        """Fix the radii. Runs before the first step, when a checkpoint may have brought another radius along."""
+        self._perturbation = Perturbation(self.optimizer)
+        self._last_logged_step = self.state.global_step
+        self._forget_losses()
+        self._radii = self._resolve_radii()
+        if adasam := self._own_adasam():
+            for group, rho in zip(adasam.param_groups, self._radii, strict=True):
+                if group["rho"] != rho:
+                    logger.warning(f"sam_rho={rho} replaces the radius {group['rho']} of the optimizer or checkpoint")
+                group["rho"] = rho
+            # get_warmup_steps(100): a number of steps, or its share of training, above 0 either way
+            if adasam.param_groups[0]["betas"][1] >= 0.999 and self.args.get_warmup_steps(100) == 0:
+                logger.warning(
+                    f"betas={adasam.param_groups[0]['betas']} without warm-up: AdaSAM has no bias correction, so its "
+                    "first steps are several times the learning rate; use adam_beta2=0.98 or warmup_steps"
+                )
+
+    # ---- the two passes ----
+
+    def _inner_training_loop(self, *args, **kwargs):
+        self._perturbation = None
+        try:
+            return super()._inner_training_loop(*args, **kwargs)
+        finally:
+            # An interrupt can strike between any two instructions of training_step, its own `finally` included.
+            if self._perturbation is not None:
+                self._perturbation.release()
+            self._window_size = 0
+            self._forget_window()
+
+    def get_batch_samples(self, *args, **kwargs):
+        """As in Transformers; notes how many micro-batches make up the coming optimizer step."""
+        if self._perturbation is None:
+            self._start_perturbing()
+        samples, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
+        self._window_size = len(samples)
+        self._forget_window()
+        return samples, num_items_in_batch
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args, **kwargs) -> Tensor:
+        """The double forward/backward (see the class). Returns the loss at w, as the stock step does."""
+        if self._perturbation is None:  # called by hand, outside train()
+            if self.optimizer is None:
+                self.create_optimizer()
+            self._start_perturbing()
+        if not any(self._radii):
+            return super().training_step(model, inputs, *args, **kwargs)
+
+        if not self._passes:
+            # Gradients from before this window (an unsized dataset can end in a window without an update, in stock
+            # too) belong to the coming update, not to the ascent.
+            self._carry = _take_gradients(model)
+        self._passes.append((inputs, rng.capture()))
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self._clean_loss += loss
+        if self.args.sam_scope == "batch" and len(self._passes) < self._window_size:
+            return loss
+
+        passes, carry = self._passes, self._carry
+        self._forget_window()
+        with self._perturbation.perturbed(self._radii) as self._grad_norm:
+            _give_gradients(model, carry)
+            for micro_batch, state in passes:
+                with rng.replay(state) if self.args.sam_dropout == "same" else nullcontext():
+                    self._sam_loss += super().training_step(model, micro_batch, *args, **kwargs)
+        return loss
+
+    def _forget_window(self) -> None:
+        self._passes: list[tuple[dict[str, Any], rng.RandomState]] = []
+        self._carry: dict[nn.Parameter, Tensor] = {}
+
+    # ---- what people see ----
+
+    def _forget_losses(self) -> None:
+        self._clean_loss: float | Tensor = 0.0
+        self._sam_loss: float | Tensor = 0.0
+        self._grad_norm: Tensor | None = None
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        """As in Transformers, with the ``sam_*`` values beside a training loss."""
+        if "loss" in logs and self._grad_norm is not None:
+            steps = self.state.global_step - self._last_logged_step
+            logs["sam_loss"] = float(self._sam_loss) / steps
+            logs["sam_gap"] = float(self._sam_loss - self._clean_loss) / steps
+            logs["sam_grad_norm"] = float(self._grad_norm)
+            logs["sam_rho"] = max(self._radii)
+            self._last_logged_step = self.state.global_step
+            self._forget_losses()
+        super().log(logs, *args, **kwargs)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """As in Transformers, for both passes."""
+        return super().floating_point_ops(inputs) * (2 if any(self._radii) else 1)
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """As in Transformers, with the optimizer and the ascent as they were used."""
+        super().create_model_card(*args, **kwargs)
+        path = os.path.join(self.args.output_dir, "README.md")
+        if self.is_world_process_zero():
+            with open(path, encoding="utf-8") as file:
+                card = file.read()
+            # The stock entry reads betas only for names with "adam" in them, and may go on over a second line.
+            card = re.sub(r"^- optimizer: .*?\n(?=- )", lambda _: self._card_entries(), card, count=1, flags=re.M | re.S)
+            with open(path, "w", encoding="utf-8") as file:
+                file.write(card)
+
+    def _card_entries(self) -> str:
+        args = self.args
+        name = str(getattr(args.optim, "value", args.optim))
+        adasam = self._own_adasam()
+        if adasam is not None:
+            group = adasam.param_groups[0]
+            how = f"AdaSAM, arXiv:2303.00565, with betas={group['betas']}, epsilon={group['eps']}"
+        elif name in SGD_NAMES:
+            how = f"SGD with momentum={args.sgd_momentum}"
+        else:
+            how = f"betas={args.resolved_betas}, epsilon={args.resolved_epsilon}, optimizer_args={args.optim_args}"
+        entries = {"optimizer": f"{name} ({how})", "sam_rho": max(self._radii, default=args.resolved_rho)}
+        if entries["sam_rho"] > 0:
+            entries |= {"sam_scope": args.sam_scope, "sam_dropout": args.sam_dropout}
+        return "".join(f"- {key}: {value}\n" for key, value in entries.items())
+
+
+def _take_gradients(model: nn.Module) -> dict[nn.Parameter, Tensor]:
+    gradients = {p: p.grad for p in model.parameters() if p.grad is not None}
+    _give_gradients(model, {})
+    return gradients
+
+
+def _give_gradients(model: nn.Module, gradients: dict[nn.Parameter, Tensor]) -> None:
+    for p in model.parameters():
+        p.grad = gradients.get(p)
+
+
+class AdaSAMTrainer(SharpnessAwareTrainerMixin, Trainer):
+    """`transformers.Trainer` with the two-pass step; takes `AdaSAMTrainingArguments`."""
+
+
+class AdaSAMSeq2SeqTrainer(SharpnessAwareTrainerMixin, Seq2SeqTrainer):
+    """`transformers.Seq2SeqTrainer` with the two-pass step; takes `AdaSAMSeq2SeqTrainingArguments`."""

@@ -1,0 +1,203 @@
+"""What a user may say about sharpness-aware training, checked when it is said."""
+
+import copy
+from dataclasses import dataclass, field, fields
+from typing import Literal, get_args, get_type_hints
+
+import torch
+from transformers import Seq2SeqTrainingArguments, TrainingArguments
+from transformers.training_args import OptimizerNames
+
+from .optim import AdaSAM
+from .perturbation import check_radius
+
+DEFAULT_RHO = 0.05
+# The paper's four methods: two updates, each with and without the ascent.
+ADASAM_NAMES = ("adasam", "amsgrad")
+SGD_NAMES = ("sam", "sgdm")
+RADIUS_ZERO = {"amsgrad": "adasam", "sgdm": "sam"}
+OPTIM_ARGS = {"adasam": {"foreach", "fused"}, "sam": {"foreach", "fused", "nesterov"}}
+
+Scope = Literal["batch", "microbatch"]
+Dropout = Literal["same", "fresh"]
+
+
+@dataclass(repr=False)
+class SharpnessAwareArgumentsMixin:
+    """Adds the paper's optimizers and the ascent to a `TrainingArguments` class.
+
+    Combine it in front of the class, and keep ``repr=False``: dataclass would otherwise replace the
+    `__repr__` of Transformers, which hides the hub token::
+
+        @dataclass(repr=False)
+        class MyArguments(SharpnessAwareArgumentsMixin, MyTrainingArguments): ...
+
+    Raises:
+        ValueError: at construction, naming the argument, its value, the range and the remedy.
+    """
+
+    optim: str = field(
+        default=TrainingArguments.optim,
+        metadata={
+            "help": "The optimizer: adasam (AdaSAM), amsgrad (AdaSAM at radius 0), sam (SAM around SGD with "
+            "momentum), sgdm (sam at radius 0), or any name of Transformers' OptimizerNames, unchanged."
+        },
+    )
+    adam_beta2: float | None = field(
+        default=None,
+        metadata={"help": "β2 of Adam-like optimizers. Unset: 0.98 for adasam and amsgrad, 0.999 for the others."},
+    )
+    adam_epsilon: float | None = field(
+        default=None,
+        metadata={"help": "ε of Adam-like optimizers. Unset: 1e-6 for adasam and amsgrad, 1e-8 for the others."},
+    )
+    sgd_momentum: float = field(default=0.9, metadata={"help": "Momentum of sam and sgdm, in [0, 1)."})
+    sam_rho: float | None = field(
+        default=None,
+        metadata={
+            "help": "Radius ρ of the ascent, in weight units. Above 0 it makes any optimizer sharpness-aware. "
+            "Unset: 0.05 for adasam and sam, 0 for the others."
+        },
+    )
+    sam_scope: Scope = field(
+        default="batch",
+        metadata={
+            "help": "Whose gradient is climbed: that of the whole optimizer step (batch), or each "
+            "micro-batch's own (microbatch, m-sharpness)."
+        },
+    )
+    sam_dropout: Dropout = field(
+        default="same", metadata={"help": "Dropout masks of the second pass: the same as in the first, or fresh."}
+    )
+
+    def __post_init__(self):
+        self._read_numbers()
+        self._check_sharpness()
+        # The optimizer names of Transformers are a closed enumeration, and it converts ours to it.
+        ours = self.optim if self.optim in ADASAM_NAMES + SGD_NAMES else None
+        if ours:
+            self.optim = TrainingArguments.optim
+        try:
+            super().__post_init__()
+        finally:
+            if ours:
+                self.optim = ours
+
+    def _read_numbers(self) -> None:
+        """Accept '1e-5': YAML takes a number without a dot for text, and parse_yaml_file passes it on."""
+        hints = get_type_hints(type(self))
+        for name in (f.name for f in fields(self)):
+            value = getattr(self, name)
+            if isinstance(value, str) and hints[name] in (float, float | None):
+                try:
+                    setattr(self, name, float(value))
+                except ValueError:
+                    raise ValueError(f"{name}={value!r} must be a number") from None
+
+    def _check_sharpness(self) -> None:
+        known = [*ADASAM_NAMES, *SGD_NAMES, *(o.value for o in OptimizerNames)]
+        if self.optim not in known:
+            raise ValueError(f"optim={self.optim!r} is no optimizer; choose one of {', '.join(known)}")
+        if self.sam_rho is not None:
+            check_radius(self.sam_rho, "sam_rho")
+        if self.sam_rho and self.optim in RADIUS_ZERO:
+            raise ValueError(
+                f"sam_rho={self.sam_rho!r} contradicts optim={self.optim!r}, which is {RADIUS_ZERO[self.optim]} at "
+                f"radius 0; use optim={RADIUS_ZERO[self.optim]!r}, or leave sam_rho unset"
+            )
+        for name, allowed in (("sam_scope", get_args(Scope)), ("sam_dropout", get_args(Dropout))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(allowed)}")
+        for name, value in (("sgd_momentum", self.sgd_momentum), ("adam_beta2", self.adam_beta2)):
+            if value is not None and not 0.0 <= value < 1.0:
+                raise ValueError(f"{name}={value!r} must be in [0, 1); 0 switches it off")
+        if self.adam_epsilon is not None and not 0.0 <= self.adam_epsilon < float("inf"):
+            raise ValueError(f"adam_epsilon={self.adam_epsilon!r} must be finite and >= 0; try 1e-6")
+        if self.optim in ADASAM_NAMES and self.adam_epsilon == 0:
+            raise ValueError("adam_epsilon=0.0 must be > 0 for AdaSAM, whose denominator starts at ε; try 1e-6")
+        if self.optim in ADASAM_NAMES + SGD_NAMES:
+            self._own_optim_args()
+
+    def set_optimizer(
+        self,
+        name: str = TrainingArguments.optim,
+        learning_rate: float = 5e-5,
+        weight_decay: float = 0.0,
+        beta1: float = 0.9,
+        beta2: float | None = None,
+        epsilon: float | None = None,
+        args: str | None = None,
+        rho: float | None = None,
+    ):
+        """As in Transformers, with the names and the radius of this package."""
+        self.optim = name if name in ADASAM_NAMES + SGD_NAMES else OptimizerNames(name)
+        self.learning_rate, self.weight_decay = learning_rate, weight_decay
+        self.adam_beta1, self.adam_beta2, self.adam_epsilon = beta1, beta2, epsilon
+        self.optim_args, self.sam_rho = args, rho
+        self._check_sharpness()
+        return self
+
+    # Defaults that depend on the optimizer are resolved when they are read and never written back, so that
+    # `dataclasses.replace(args, optim=...)` and hyperparameter search do not carry one optimizer's to the next.
+
+    @property
+    def resolved_betas(self) -> tuple[float, float]:
+        """(β1, β2) of the chosen optimizer."""
+        beta2 = 0.98 if self.optim in ADASAM_NAMES else TrainingArguments.adam_beta2
+        return self.adam_beta1, beta2 if self.adam_beta2 is None else self.adam_beta2
+
+    @property
+    def resolved_epsilon(self) -> float:
+        """ε of the chosen optimizer."""
+        default = 1e-6 if self.optim in ADASAM_NAMES else TrainingArguments.adam_epsilon
+        return default if self.adam_epsilon is None else self.adam_epsilon
+
+    @property
+    def resolved_rho(self) -> float:
+        """The radius that the arguments alone imply; an `AdaSAM` instance given to the trainer brings its own."""
+        if self.sam_rho is not None:
+            return self.sam_rho
+        return DEFAULT_RHO if self.optim in RADIUS_ZERO.values() else 0.0
+
+    def stock(self) -> "SharpnessAwareArgumentsMixin":
+        """A copy as Transformers reads it: its own β2 and ε where unset."""
+        args = copy.copy(self)
+        args.adam_beta2, args.adam_epsilon = self.resolved_betas[1], self.resolved_epsilon
+        return args
+
+    def own_optimizer(self) -> tuple[type[torch.optim.Optimizer], dict] | None:
+        """Class and keyword arguments for this package's optimizer names; None for those of Transformers."""
+        if self.optim in ADASAM_NAMES:
+            values = {"betas": self.resolved_betas, "eps": self.resolved_epsilon, "rho": self.resolved_rho}
+            return AdaSAM, {"lr": self.learning_rate, **values, **self._own_optim_args()}
+        if self.optim in SGD_NAMES:
+            return torch.optim.SGD, {
+                "lr": self.learning_rate,
+                "momentum": self.sgd_momentum,
+                **self._own_optim_args(),
+            }
+        return None
+
+    def _own_optim_args(self) -> dict[str, bool]:
+        allowed = OPTIM_ARGS[RADIUS_ZERO.get(self.optim, self.optim)]
+        flags = {}
+        for item in filter(None, (self.optim_args or "").replace(" ", "").split(",")):
+            name, _, value = item.partition("=")
+            if name not in allowed or value.lower() not in ("true", "false"):
+                raise ValueError(
+                    f"optim_args={self.optim_args!r}: {item!r} is not NAME=true|false with NAME in "
+                    f"{sorted(allowed)}, which is what optim={self.optim!r} takes there; radius, β, ε and momentum "
+                    "have arguments of their own (sam_rho, adam_beta1, adam_beta2, adam_epsilon, sgd_momentum)"
+                )
+            flags[name] = value.lower() == "true"
+        return flags
+
+
+@dataclass(repr=False)
+class AdaSAMTrainingArguments(SharpnessAwareArgumentsMixin, TrainingArguments):
+    """`transformers.TrainingArguments` with AdaSAM."""
+
+
+@dataclass(repr=False)
+class AdaSAMSeq2SeqTrainingArguments(SharpnessAwareArgumentsMixin, Seq2SeqTrainingArguments):
+    """`transformers.Seq2SeqTrainingArguments` with AdaSAM."""
