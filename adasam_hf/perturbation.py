@@ -150,7 +150,7 @@ class Perturbation:
 def _climb(params: list[Tensor], gradients: list[Tensor], rho: float, norm: Tensor) -> None:
     """params += rho · gradients / norm, or nothing if norm is 0 or not finite, without asking the host."""
     blocked = ~(torch.isfinite(norm) & (norm > 0))
-    if all(p.device.type in _get_fused_kernels_supported_devices() and p.is_floating_point() for p in params):
+    if all(_has_fused_sgd(p) for p in params):
         # One read of p and g and one write of p: SGD's fused kernel with rate -rho/norm, which leaves the
         # weights alone where found_inf is set (a zero scale would not: 0 · inf is NaN).
         rate = -rho / norm if norm.device.type == "cpu" else (-rho / norm).float()  # the others read a float32
@@ -162,3 +162,9 @@ def _climb(params: list[Tensor], gradients: list[Tensor], rho: float, norm: Tens
         scale = torch.where(blocked, 0.0, rho / norm)
         for p, g in zip(params, gradients, strict=True):
             p.add_(torch.where(blocked.to(p.device), 0, g) * scale.to(p.device))
+
+
+def _has_fused_sgd(p: Tensor) -> bool:
+    # Up to torch 2.13 the CPU kernel leaves float16 and bfloat16 weights as they are, and says nothing.
+    exact = p.dtype in (torch.float32, torch.float64) or (p.is_floating_point() and p.device.type != "cpu")
+    return exact and p.device.type in _get_fused_kernels_supported_devices()

@@ -26,8 +26,7 @@ Dropout = Literal["same", "fresh"]
 class SharpnessAwareArgumentsMixin:
     """Adds the paper's optimizers and the ascent to a `TrainingArguments` class.
 
-    Combine it in front of the class, and keep ``repr=False``: dataclass would otherwise replace the
-    `__repr__` of Transformers, which hides the hub token::
+    Combine it in front of the class, with ``repr=False``: the `__repr__` that dataclass makes prints the hub token::
 
         @dataclass(repr=False)
         class MyArguments(SharpnessAwareArgumentsMixin, MyTrainingArguments): ...
@@ -117,6 +116,9 @@ class SharpnessAwareArgumentsMixin:
             raise ValueError("adam_epsilon=0.0 must be > 0 for AdaSAM, whose denominator starts at ε; try 1e-6")
         if self.optim in ADASAM_NAMES + SGD_NAMES:
             self._own_optim_args()
+
+    def __repr__(self) -> str:
+        return str(self)  # that of Seq2SeqTrainingArguments prints the hub token
 
     def set_optimizer(
         self,

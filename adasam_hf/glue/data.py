@@ -1,0 +1,152 @@
+"""From a GLUE task or one's own files to checked splits with integer labels."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+from datasets import ClassLabel, Dataset, DatasetDict, get_dataset_config_names, load_dataset
+
+from .tasks import Task
+
+FILE_FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json"}
+
+
+def resolve_path(name: str) -> str:
+    """`pip:PACKAGE/PATH` → that path inside the installed package (which is not imported); other names unchanged.
+
+    Raises:
+        FileNotFoundError: if the package or the path in it is missing.
+    """
+    if not name.startswith("pip:"):
+        return name
+    package, _, inside = name.removeprefix("pip:").partition("/")
+    spec = find_spec(package)
+    if spec is None or spec.origin is None:
+        raise FileNotFoundError(f"{name!r}: the package {package!r} is not installed; pip install -e '.[quickstart]'")
+    path = Path(spec.origin).parent / inside
+    if not path.exists():
+        raise FileNotFoundError(f"{name!r}: the package {package!r} has no {inside!r}")
+    return str(path)
+
+
+def load_task(
+    task: Task, name_or_path: str, splits: Iterable[str], cache_dir: str | None = None, token: str | None = None
+) -> DatasetDict:
+    """A GLUE task from a hub repository or a local folder in its layout.
+
+    Raises:
+        FileNotFoundError: for a folder that does not exist.
+        ValueError: if the task or one of the `splits` is missing, or a label is out of range.
+    """
+    if name_or_path.startswith((".", "/", "~")) and not Path(name_or_path).expanduser().is_dir():
+        raise FileNotFoundError(
+            f"dataset_name_or_path={name_or_path!r} is no folder; give a snapshot of nyu-mll/glue, or the hub's name"
+        )
+    name_or_path = str(Path(name_or_path).expanduser()) if name_or_path.startswith("~") else name_or_path
+    available = get_dataset_config_names(name_or_path, token=token)
+    if task.name not in available:
+        raise ValueError(
+            f"dataset_name_or_path={name_or_path!r} has no task {task.name!r}, only {available}; "
+            "the hub's nyu-mll/glue has them all"
+        )
+    data = load_dataset(name_or_path, task.name, cache_dir=cache_dir, token=token)
+    return _checked(data, task, splits, f"dataset_name_or_path={name_or_path!r}")
+
+
+def load_files(
+    task: Task | None, files: dict[str, str], text_columns: list[str] | None, label_column: str, splits: Iterable[str]
+) -> tuple[Task, DatasetDict]:
+    """Splits from CSV, TSV, JSON or JSON-lines files: split name → path.
+
+    Without a `task`, one is made from the training file: `text_columns` (by default the columns of text that are not
+    the label, of which there may be two), label names in sorted order, or regression if the labels are fractions.
+
+    Raises:
+        FileNotFoundError: for a missing file.
+        ValueError: for an unknown format or column, a missing split, or a bad label.
+    """
+    data = DatasetDict()
+    for split, name in files.items():
+        path = Path(resolve_path(name)).expanduser()
+        if not path.is_file():
+            raise FileNotFoundError(f"{split}_file={name!r} does not exist")
+        if path.suffix not in FILE_FORMATS:
+            raise ValueError(f"{split}_file={name!r} must end in one of {', '.join(FILE_FORMATS)}")
+        separator = {"sep": "\t"} if path.suffix == ".tsv" else {}
+        data[split] = load_dataset(FILE_FORMATS[path.suffix], data_files=str(path), split="train", **separator)
+    if "train" not in data:
+        raise ValueError("train_file is not set, and it defines the labels; pass it also where nothing is trained")
+
+    texts = text_columns or (list(task.texts) if task else None)
+    for split, rows in data.items():
+        missing = {*(texts or []), *([label_column] if split != "test" else [])} - set(rows.column_names)
+        if missing:
+            raise ValueError(
+                f"{split}_file={files[split]!r} has no column {sorted(missing)}, only {rows.column_names}; "
+                "set text_column_names and label_column_name"
+            )
+    if not texts:
+        texts = [c for c, f in data["train"].features.items() if c != label_column and _is_text(f)]
+        if len(texts) not in (1, 2):
+            raise ValueError(f"text_column_names is not set, and these could be meant: {texts}; name one or two")
+    data = DatasetDict({s: _named_label(rows, label_column) for s, rows in data.items()})
+    task = _infer_task(data["train"], tuple(texts)) if task is None else replace(task, texts=tuple(texts))
+    data = DatasetDict({split: _indexed(rows, task) for split, rows in data.items()})
+    return task, _checked(data, task, splits, "the files")
+
+
+def _is_text(feature) -> bool:
+    return getattr(feature, "dtype", None) in ("string", "large_string")
+
+
+def _named_label(rows: Dataset, label_column: str) -> Dataset:
+    return rows if label_column == "label" or label_column not in rows.column_names else rows.rename_column(label_column, "label")
+
+
+def _infer_task(train: Dataset, texts: tuple[str, ...]) -> Task:
+    values = set(train["label"])
+    if None in values:
+        raise ValueError(f"{train['label'][:].count(None)} training labels are missing; remove or fill those rows")
+    if any(isinstance(v, float) for v in values):
+        labels, metrics = (), ("pearson", "spearmanr")
+    else:
+        labels, metrics = tuple(str(v) for v in sorted(values)), ("accuracy",)
+    return Task("custom", texts, labels, metrics, (("test", "predictions.tsv"),), named_labels=True)
+
+
+def _indexed(rows: Dataset, task: Task) -> Dataset:
+    """Label names → indices. Names that the task does not have become -1, which `_checked` reports."""
+    if "label" not in rows.column_names or task.is_regression:
+        return rows
+    index = {name: i for i, name in enumerate(task.labels)}
+    by_name = _is_text(rows.features["label"]) or task.name == "custom"
+    labels = [index.get(str(v), -1) if by_name else v for v in rows["label"]]
+    return rows.remove_columns("label").add_column("label", labels)
+
+
+def _checked(data: DatasetDict, task: Task, splits: Iterable[str], where: str) -> DatasetDict:
+    for split in splits:
+        if split not in data:
+            raise ValueError(f"{where}: no split {split!r} for task {task.name!r}, only {sorted(data)}")
+        rows = data[split]
+        if missing := set(task.texts) - set(rows.column_names):
+            raise ValueError(f"{where}: split {split!r} has no column {sorted(missing)}, only {rows.column_names}")
+        if split.startswith("test"):
+            continue  # GLUE hides these labels; they are never read
+        if len(rows) == 0:
+            raise ValueError(f"{where}: split {split!r} is empty")
+        names = getattr(rows.features["label"], "names", None)
+        if isinstance(rows.features["label"], ClassLabel) and tuple(names) != task.labels:
+            raise ValueError(f"{where}: labels {names} in split {split!r} are not those of the task, {task.labels}")
+        for row, label in enumerate(rows["label"]):
+            if task.is_regression:
+                fine = label is not None and math.isfinite(label)
+                expected = "a finite number"
+            else:
+                fine = isinstance(label, int) and 0 <= label < len(task.labels)
+                expected = f"one of {task.labels} (0 to {len(task.labels) - 1})"
+            if not fine:
+                raise ValueError(f"{where}: row {row} of split {split!r} has label {label!r}, which is not {expected}")
+    return data

@@ -1,0 +1,79 @@
+"""What a run was and what came out of it, in one JSON file."""
+
+import dataclasses
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from transformers import Trainer
+
+import adasam_hf
+
+PACKAGES = ("torch", "transformers", "accelerate", "datasets", "evaluate", "numpy", "scikit-learn", "scipy")
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write `content` whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(content, indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def provenance() -> dict:
+    """Commit (and whether files differ from it), versions and hardware."""
+    return {
+        "commit": _git("rev-parse", "HEAD"),
+        "dirty": (status := _git("status", "--porcelain")) is not None and status != "",
+        "versions": {
+            "adasam_hf": adasam_hf.__version__,
+            "python": platform.python_version(),
+            **{package: metadata.version(package) for package in PACKAGES},
+        },
+        "hardware": {
+            "machine": platform.machine(),
+            "cpus": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "accelerators": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        },
+    }
+
+
+def write_record(path: Path, trainer: Trainer, arguments: Iterable, metrics: dict) -> None:
+    """The record of a run of `trainer`; `arguments` are dataclasses beside its own. Tokens are blanked."""
+    write_json(
+        path,
+        {
+            **provenance(),
+            "command": ["scripts/run_glue.py", *_without_tokens(sys.argv[1:])],
+            "seed": trainer.args.seed,
+            "arguments": {k: v for a in arguments for k, v in dataclasses.asdict(a).items()} | trainer.args.to_dict(),
+            "metrics": metrics,
+            "log_history": trainer.state.log_history,
+        },
+    )
+
+
+def _without_tokens(argv: list[str]) -> list[str]:
+    hidden = False
+    out = []
+    for word in argv:
+        name, equals, _ = word.partition("=")
+        out.append("<TOKEN>" if hidden else f"{name}=<TOKEN>" if name.endswith("token") and equals else word)
+        hidden = name.startswith("--") and name.endswith("token") and not equals
+    return out
+
+
+def _git(*words: str) -> str | None:
+    folder = Path(adasam_hf.__file__).parent
+    try:
+        found = subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip()

@@ -1,0 +1,305 @@
+"""One fine-tuning run: arguments → model, scores, predictions and a record."""
+
+import json
+import sys
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import transformers
+import yaml
+from datasets import DatasetDict
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    HfArgumentParser,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..trainer import AdaSAMTrainer
+from ..training_args import AdaSAMTrainingArguments
+from .data import load_files, load_task, resolve_path
+from .metrics import make_compute_metrics, predictions_of
+from .record import write_record
+from .tasks import TASKS, Task, get_task
+
+
+@dataclass
+class ModelArguments:
+    """Which model is fine-tuned."""
+
+    model_name_or_path: str = field(
+        metadata={"help": "A model on the hub, a folder, or pip:PACKAGE/PATH inside an installed package."}
+    )
+    tokenizer_name: str | None = field(default=None, metadata={"help": "Its tokenizer, if it lies elsewhere."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Where to keep what is downloaded."})
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model."})
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run code from the model's repository. Only for repositories you have read."}
+    )
+
+
+@dataclass
+class DataArguments:
+    """Which task, and where its rows come from."""
+
+    task_name: str | None = field(default=None, metadata={"help": f"A GLUE task: {', '.join(TASKS)}."})
+    dataset_name_or_path: str = field(
+        default="nyu-mll/glue", metadata={"help": "GLUE on the hub, or a local folder in the same layout."}
+    )
+    train_file: str | None = field(default=None, metadata={"help": "Your own training rows: CSV, TSV, JSON or JSONL."})
+    validation_file: str | None = field(default=None, metadata={"help": "Your own validation rows."})
+    test_file: str | None = field(default=None, metadata={"help": "Your own rows to predict."})
+    text_column_names: str | None = field(
+        default=None, metadata={"help": "The one or two text columns of your files, separated by a comma."}
+    )
+    label_column_name: str = field(default="label", metadata={"help": "The label column of your files."})
+    max_seq_length: int = field(default=128, metadata={"help": "Longer inputs are cut to so many tokens."})
+    pad_to_max_length: bool = field(
+        default=False,
+        metadata={"help": "Pad all inputs to max_seq_length, instead of a batch to its longest, in multiples of 8."},
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first so many rows only."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on the first so many rows only."})
+    max_predict_samples: int | None = field(default=None, metadata={"help": "Predict the first so many rows only."})
+    overwrite_cache: bool = field(default=False, metadata={"help": "Tokenize again what has been tokenized before."})
+
+    def __post_init__(self):
+        if self.task_name is not None:
+            self.task_name = self.task_name.lower()
+            get_task(self.task_name)
+        elif self.train_file is None:
+            raise ValueError(f"task_name and train_file are not set; name a task ({', '.join(TASKS)}) or a file")
+        for name in ("max_seq_length", "max_train_samples", "max_eval_samples", "max_predict_samples"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value!r} must be at least 1" + ("" if name == "max_seq_length" else ", or unset"))
+
+
+@dataclass(repr=False)
+class GlueTrainingArguments(AdaSAMTrainingArguments):
+    """`AdaSAMTrainingArguments`; one of the three jobs must be asked for."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not (self.do_train or self.do_eval or self.do_predict):
+            raise ValueError("nothing to do; pass --do_train, --do_eval or --do_predict")
+
+
+def config_tokens(path: str, known: set[str]) -> list[str]:
+    """A YAML file as command-line tokens, so that argparse converts and checks its values.
+
+    (PyYAML takes 1e-5 for text, and a dataclass would keep it so.)
+
+    Raises:
+        FileNotFoundError: without the file.
+        ValueError: if it is no mapping, or has a key that is not `known`.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"config={path!r} does not exist")
+    text = Path(path).read_text(encoding="utf-8")
+    typed, plain = yaml.safe_load(text), yaml.load(text, Loader=yaml.BaseLoader)  # noqa: S506 - text only, no objects
+    if not isinstance(typed, dict):
+        raise ValueError(f"config={path!r} must be a mapping of argument names to values")
+    if unknown := sorted(set(typed) - known):
+        raise ValueError(f"config={path!r} has unknown keys {unknown}; see --help for the arguments")
+    tokens: list[str] = []
+    for name, value in plain.items():
+        if typed[name] is None:
+            continue
+        if isinstance(value, list):
+            tokens += [f"--{name}", *value]
+        else:
+            tokens.append(f"--{name}={json.dumps(typed[name]) if isinstance(value, dict) else value}")
+    return tokens
+
+
+def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, GlueTrainingArguments]:
+    """Arguments from `argv`, where each --config FILE.yaml stands for its entries and all others come after them."""
+    classes = (ModelArguments, DataArguments, GlueTrainingArguments)
+    parser = HfArgumentParser(classes, prog="run_glue.py", allow_abbrev=False, conflict_handler="resolve")
+    parser.add_argument(
+        "--config", action="append", default=[], metavar="FILE.yaml", help="Read arguments from FILE; may be repeated."
+    )
+    first = transformers.HfArgumentParser((), add_help=False, allow_abbrev=False)
+    first.add_argument("--config", action="append", default=[])
+    known = {f.name for c in classes for f in fields(c)}
+    configs, rest = first.parse_known_args(argv)
+    tokens = [token for path in configs.config for token in config_tokens(path, known)]
+    *parsed, _ = parser.parse_args_into_dataclasses(args=tokens + rest, look_for_args_file=False)
+    return tuple(parsed)
+
+
+def main(argv: list[str] | None = None) -> AdaSAMTrainer:
+    """Run what the command line asks for. Returns the trainer; results are in its `output_dir`."""
+    return run(*parse(sys.argv[1:] if argv is None else argv))
+
+
+def run(model_args: ModelArguments, data_args: DataArguments, args: GlueTrainingArguments) -> AdaSAMTrainer:
+    """Train, evaluate and predict as asked.
+
+    Writes to ``args.output_dir``: the model, `all_results.json`, GLUE's submission files, a model card and
+    `record.json`, which has all that is needed to do the run again.
+    """
+    checkpoint = _find_checkpoint(args)
+    task, data = _load_data(data_args, args, model_args)
+    set_seed(args.seed)
+    model, tokenizer = _load_model(model_args, task)
+    data = _tokenize(data, task, tokenizer, data_args, args)
+
+    trainer = AdaSAMTrainer(
+        model=model,
+        args=args,
+        train_dataset=_head(data["train"], data_args.max_train_samples) if args.do_train else None,
+        eval_dataset=_head(data[task.evaluations[0][0]], data_args.max_eval_samples) if args.do_eval else None,
+        processing_class=tokenizer,
+        data_collator=DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8),
+        compute_metrics=make_compute_metrics(task.metrics, task.is_regression),
+    )
+    # Classification heads take **kwargs, so the Trainer believes that they divide by num_items_in_batch. They do not:
+    # it would sum over micro-batches, and results would depend on how a batch is split.
+    trainer.model_accepts_loss_kwargs = False
+
+    metrics: dict[str, float] = {}
+    if args.do_train:
+        metrics |= trainer.train(resume_from_checkpoint=checkpoint).metrics
+        metrics["train_samples"] = len(trainer.train_dataset)
+        trainer.save_model()
+        trainer.log_metrics("train", metrics)
+        trainer.save_metrics("train", metrics)
+        trainer.save_state()
+    if args.do_eval:
+        scores: dict[str, float] = {}
+        for split, suffix in task.evaluations:
+            rows = _head(data[split], data_args.max_eval_samples)
+            found = trainer.evaluate(rows)
+            scores |= {name if name == "epoch" else name + suffix: value for name, value in found.items()}
+            scores[f"eval_samples{suffix}"] = len(rows)
+        trainer.log_metrics("eval", scores)
+        trainer.save_metrics("eval", scores)
+        metrics |= scores
+    if args.do_predict:
+        for split, file in task.submissions:
+            rows = _head(data[split], data_args.max_predict_samples)
+            if "label" in rows.column_names:
+                rows = rows.remove_columns("label")  # hidden labels are -1, of which no loss can be taken
+            output = trainer.predict(rows, metric_key_prefix="predict").predictions
+            if trainer.is_world_process_zero():
+                write_submission(Path(args.output_dir) / file, task, predictions_of(output, task.is_regression))
+
+    card = {"finetuned_from": model_args.model_name_or_path, "tasks": "text-classification"}
+    if data_args.task_name:
+        card |= {"dataset_tags": "glue", "dataset_args": task.name, "dataset": f"GLUE {task.name.upper()}"}
+    if args.push_to_hub:
+        trainer.push_to_hub(**card)
+    else:
+        trainer.create_model_card(**card)
+    if trainer.is_world_process_zero():
+        write_record(Path(args.output_dir) / "record.json", trainer, (model_args, data_args), metrics)
+    return trainer
+
+
+def write_submission(path: Path, task: Task, predictions) -> None:
+    """A TSV file as the GLUE leaderboard takes it: index and prediction; scores of STS-B are cut to [0, 5]."""
+    with open(path, "w", encoding="utf-8") as file:
+        file.write("index\tprediction\n")
+        for index, value in enumerate(predictions):
+            if task.is_regression:
+                text = f"{min(max(float(value), 0.0), 5.0) if task.name == 'stsb' else float(value):.3f}"
+            else:
+                text = task.labels[value] if task.named_labels else str(int(value))
+            file.write(f"{index}\t{text}\n")
+
+
+def _find_checkpoint(args: GlueTrainingArguments) -> str | None:
+    """The checkpoint to go on from. Refuses to write a new run over an old one."""
+    asked = args.resume_from_checkpoint
+    last = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+    if not args.do_train:
+        return None
+    if asked is None:
+        if last is not None:
+            raise ValueError(
+                f"output_dir={args.output_dir!r} has {Path(last).name} of an earlier run; pass "
+                "--resume_from_checkpoint last to go on with it, or another output_dir"
+            )
+        return None
+    if asked.lower() in ("last", "true"):
+        if last is None:
+            raise FileNotFoundError(f"resume_from_checkpoint={asked!r}: output_dir={args.output_dir!r} has no checkpoint")
+        return last
+    if not Path(asked).is_dir():
+        raise FileNotFoundError(f"resume_from_checkpoint={asked!r} is no folder; give a checkpoint-N folder, or 'last'")
+    return asked
+
+
+def _load_data(data_args: DataArguments, args: GlueTrainingArguments, model_args: ModelArguments) -> tuple[Task, DatasetDict]:
+    task = get_task(data_args.task_name) if data_args.task_name else None
+    files = {"train": data_args.train_file, "validation": data_args.validation_file, "test": data_args.test_file}
+    files = {split: file for split, file in files.items() if file is not None}
+    in_files = bool(files)
+    evaluations = ["validation"] if in_files or task is None else [split for split, _ in task.evaluations]
+    tests = ["test"] if in_files or task is None else [split for split, _ in task.submissions]
+    splits = ["train"] * args.do_train + evaluations * args.do_eval + tests * args.do_predict
+    if not in_files:
+        return task, load_task(
+            task, data_args.dataset_name_or_path, splits, model_args.cache_dir, args.hub_token
+        )
+    texts = [name.strip() for name in data_args.text_column_names.split(",")] if data_args.text_column_names else None
+    return load_files(task, files, texts, data_args.label_column_name, splits)
+
+
+def _load_model(model_args: ModelArguments, task: Task):
+    path = resolve_path(model_args.model_name_or_path)
+    if path.startswith((".", "/", "~")) and not Path(path).expanduser().is_dir():
+        raise FileNotFoundError(f"model_name_or_path={path!r} is no folder; give one with a config.json, or a hub name")
+    common = {
+        "cache_dir": model_args.cache_dir,
+        "revision": model_args.model_revision,
+        "trust_remote_code": model_args.trust_remote_code,
+    }
+    labels = list(task.labels)
+    config = AutoConfig.from_pretrained(
+        path,
+        num_labels=max(len(labels), 1),
+        problem_type="regression" if task.is_regression else "single_label_classification",
+        **common,
+    )
+    if labels:
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {name: i for i, name in enumerate(labels)}
+    tokenizer = AutoTokenizer.from_pretrained(resolve_path(model_args.tokenizer_name or path), **common)
+    return AutoModelForSequenceClassification.from_pretrained(path, config=config, **common), tokenizer
+
+
+def _tokenize(
+    data: DatasetDict, task: Task, tokenizer: PreTrainedTokenizerBase, data_args: DataArguments, args: GlueTrainingArguments
+) -> DatasetDict:
+    length = min(data_args.max_seq_length, tokenizer.model_max_length)
+
+    def tokenize(rows):
+        texts = [rows[column] for column in task.texts]
+        padding = "max_length" if data_args.pad_to_max_length else False
+        return tokenizer(*texts, padding=padding, max_length=length, truncation=True)
+
+    kept = {"label"}
+    with args.main_process_first(desc="tokenization"):
+        return DatasetDict(
+            {
+                split: rows.map(
+                    tokenize,
+                    batched=True,
+                    remove_columns=[c for c in rows.column_names if c not in kept],
+                    load_from_cache_file=not data_args.overwrite_cache,
+                    desc=f"tokenize {split}",
+                )
+                for split, rows in data.items()
+            }
+        )
+
+
+def _head(rows, count: int | None):
+    return rows if count is None else rows.select(range(min(count, len(rows))))

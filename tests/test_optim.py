@@ -1,0 +1,321 @@
+import copy
+import pickle
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from oracle import FAULTS, Oracle
+from torch import nn
+
+from adasam_hf import AdaSAM
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5}  # relative to the distance travelled
+IMPLEMENTATIONS = {"fused": {"fused": True}, "foreach": {"foreach": True}, "loop": {"foreach": False, "fused": False}}
+GROUPS = [
+    {"lr": 0.02, "betas": (0.9, 0.98), "eps": 1e-2, "weight_decay": 0.1, "rho": 0.3, "index": [0, 1]},
+    {"lr": 0.01, "betas": (0.0, 0.9), "eps": 1e-1, "weight_decay": 0.0, "rho": 0.1, "index": [2]},
+    {"lr": 0.03, "betas": (0.8, 0.7), "eps": 1e-3, "weight_decay": 0.0, "rho": 0.0, "index": [3]},
+]
+SHAPES = [(3, 4), (4,), (2, 2), (5,)]
+
+
+def problem(dtype=torch.float64):
+    """Parameters, and a smooth loss whose gradient is known in closed form, so that the oracle needs no autograd."""
+    rng = np.random.default_rng(0)
+    start = [rng.normal(size=shape) for shape in SHAPES]
+    # Scales far apart and shrinking in time, so that ε, the maximum and the norm all matter.
+    scales = [10.0 ** rng.uniform(-3, 1, size=shape) for shape in SHAPES]
+
+    def gradients(x, t):
+        return [s * np.sin(a + t) / (1 + t) for s, a in zip(scales, x, strict=True)]
+
+    def loss(params, t):
+        wide = [torch.as_tensor(s, dtype=dtype) for s in scales]
+        return sum((-s * torch.cos(p + t) / (1 + t)).sum() for s, p in zip(wide, params, strict=True))
+
+    return start, gradients, loss
+
+
+def run_optimizer(dtype, steps=6, groups=GROUPS, **implementation):
+    start, _, loss = problem(dtype)
+    params = [nn.Parameter(torch.as_tensor(p, dtype=dtype)) for p in start]
+    optimizer = AdaSAM(
+        [{**{k: v for k, v in g.items() if k != "index"}, "params": [params[i] for i in g["index"]]} for g in groups],
+        **implementation,
+    )
+    for t in range(steps):
+        loss(params, t).backward()
+        with optimizer.perturbed():
+            loss(params, t).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return [p.detach().double().numpy() for p in params]
+
+
+def run_oracle(steps=6, groups=GROUPS, fault=None):
+    start, gradients, _ = problem()
+    oracle = Oracle(start, groups, fault)
+    for t in range(steps):
+        oracle.update(gradients(oracle.perturbed(gradients(oracle.x, t)), t))
+    return oracle.x
+
+
+def distance(a, b):
+    """The largest difference, relative to the largest move from the start."""
+    start = problem()[0]
+    travelled = max(np.abs(x - s).max() for x, s in zip(a, start, strict=True))
+    return max(np.abs(x - y).max() for x, y in zip(a, b, strict=True)) / travelled
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_algorithm_1(name, dtype):
+    got = run_optimizer(dtype, **IMPLEMENTATIONS[name])
+    assert distance(got, run_oracle()) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_oracle_tells_faults_apart(fault):
+    """The control: with a fault put in, the comparison of `test_algorithm_1` fails by far, in float32 too."""
+    assert distance(run_oracle(), run_oracle(fault=fault)) > 50 * TOLERANCE[torch.float32]
+
+
+def test_default_implementation_is_the_fused_kernel():
+    assert all(
+        np.array_equal(a, b)
+        for a, b in zip(run_optimizer(torch.float32), run_optimizer(torch.float32, fused=True), strict=True)
+    )
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_radius_zero_is_amsgrad(name):
+    """Two passes at radius 0 equal one pass bit for bit, and both are the paper's AMSGrad."""
+    flat_groups = [{**g, "rho": 0.0} for g in GROUPS]
+    two_passes = run_optimizer(torch.float64, groups=flat_groups, **IMPLEMENTATIONS[name])
+    start, _, loss = problem()
+    params = [nn.Parameter(torch.as_tensor(p)) for p in start]
+    optimizer = AdaSAM(
+        [
+            {**{k: v for k, v in g.items() if k not in ("index", "rho")}, "params": [params[i] for i in g["index"]]}
+            for g in GROUPS
+        ],
+        rho=0.0,
+        **IMPLEMENTATIONS[name],
+    )
+    for t in range(6):
+        optimizer.zero_grad()
+        loss(params, t).backward()
+        optimizer.step()
+    assert all(np.array_equal(a, p.detach().numpy()) for a, p in zip(two_passes, params, strict=True))
+    assert distance(two_passes, run_oracle(groups=flat_groups)) < TOLERANCE[torch.float64]
+    assert distance(two_passes, run_oracle()) > 1e-3  # the radius does matter here
+
+
+def test_closure_form_equals_written_out_form():
+    start, _, loss = problem()
+    params = [nn.Parameter(torch.as_tensor(p)) for p in start]
+    groups = [
+        {**{k: v for k, v in g.items() if k != "index"}, "params": [params[i] for i in g["index"]]} for g in GROUPS
+    ]
+    optimizer = AdaSAM(groups)
+    calls = []
+    for t in range(6):
+
+        def closure(t=t):
+            optimizer.zero_grad()
+            value = loss(params, t)
+            value.backward()
+            calls.append(value.item())
+            return value
+
+        returned = optimizer.step(closure)
+        assert returned.item() == calls[-2]  # the loss at the unperturbed weights
+    assert len(calls) == 12
+    assert all(np.array_equal(a, p.detach().numpy()) for a, p in zip(run_optimizer(torch.float64), params, strict=True))
+
+
+def test_closure_is_called_once_at_radius_zero():
+    p = nn.Parameter(torch.ones(3))
+    optimizer = AdaSAM([p], rho=0.0)
+    calls = []
+
+    def closure():
+        optimizer.zero_grad()
+        loss = p.square().sum()
+        loss.backward()
+        calls.append(loss)
+        return loss
+
+    assert optimizer.step(closure) is calls[0]
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_tensor_learning_rate(name):
+    def run(lr):
+        p = nn.Parameter(torch.linspace(-1, 1, 7, dtype=torch.float64))
+        optimizer = AdaSAM([p], lr=lr, **IMPLEMENTATIONS[name])
+        for _ in range(3):
+            p.grad = p.detach() * 2 + 1
+            optimizer.step()
+        return p.detach()
+
+    assert torch.allclose(run(torch.tensor(0.25)), run(0.25), rtol=1e-12, atol=0)
+    assert not torch.allclose(run(torch.tensor(0.25)), run(0.5), rtol=1e-3, atol=0)
+
+
+def test_composes_with_schedulers():
+    p = nn.Parameter(torch.ones(1, dtype=torch.float64))
+    optimizer = AdaSAM([p], lr=1.0, betas=(0.0, 0.0), eps=1e-3)
+    scheduler = torch.optim.lr_scheduler.SequentialLR(
+        optimizer,
+        [
+            torch.optim.lr_scheduler.LinearLR(optimizer, 0.5, 1.0, total_iters=1),
+            torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0),
+        ],
+        milestones=[1],
+    )
+    moves = []
+    for _ in range(3):
+        before = p.item()
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+        scheduler.step()
+        moves.append(before - p.item())
+    assert moves == pytest.approx([0.5, 1.0, 1.0])  # γ m/√v̂ with m = g = v̂ = 1
+
+
+def train(model, optimizer, data, steps):
+    for t in steps:
+        torch.manual_seed(t)
+        model(data).square().mean().backward()
+        with optimizer.perturbed():
+            model(data).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("transport", ["state_dict", "pickle", "deepcopy"])
+def test_interrupted_equals_uninterrupted(tmp_path, transport):
+    def fresh():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Dropout(0.2), nn.Linear(8, 2))
+        return model, AdaSAM(model.parameters(), lr=0.05)
+
+    data = torch.randn(6, 4, generator=torch.Generator().manual_seed(3))
+    whole, optimizer = fresh()
+    train(whole, optimizer, data, range(6))
+
+    first, optimizer = fresh()
+    train(first, optimizer, data, range(3))
+    if transport == "state_dict":
+        torch.save([first.state_dict(), optimizer.state_dict()], tmp_path / "checkpoint.pt")
+        second, optimizer = fresh()
+        weights, state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+        second.load_state_dict(weights)
+        optimizer.load_state_dict(state)
+    elif transport == "pickle":
+        second, optimizer = pickle.loads(pickle.dumps((first, optimizer)))
+    else:
+        second, optimizer = copy.deepcopy((first, optimizer))
+    train(second, optimizer, data, range(3, 6))
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), second.parameters(), strict=True))
+    assert not torch.equal(next(first.parameters()), next(second.parameters()))
+
+
+def test_state_is_what_the_algorithm_needs_and_no_more():
+    p = nn.Parameter(torch.ones(3))
+    optimizer = AdaSAM([p], eps=1e-3)
+    p.grad = torch.zeros_like(p)
+    p.grad[0] = 1.0
+    optimizer.ascend()
+    assert not optimizer.state  # the saved weights are no part of it
+    optimizer.restore()
+    p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert set(optimizer.state[p]) == {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"}
+    assert optimizer.state[p]["step"] == 1
+    torch.testing.assert_close(optimizer.state[p]["max_exp_avg_sq"], torch.full((3,), 1e-6))
+
+
+def test_parameters_without_gradient_are_untouched():
+    p, q = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    optimizer = AdaSAM([p, q], weight_decay=0.5)
+    p.grad = torch.ones(3)
+    with optimizer.perturbed():
+        p.grad = torch.ones(3)
+    optimizer.step()
+    assert torch.equal(q, torch.ones(3))
+    assert q not in optimizer.state
+    assert not torch.equal(p, torch.ones(3))
+
+
+def test_step_refuses_perturbed_weights():
+    p = nn.Parameter(torch.ones(3))
+    optimizer = AdaSAM([p])
+    p.grad = torch.ones(3)
+    optimizer.ascend()
+    with pytest.raises(RuntimeError, match="restore"):
+        optimizer.step()
+    optimizer.restore()
+    assert torch.equal(p, torch.ones(3))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("rho", -0.1),
+        ("rho", float("nan")),
+        ("rho", float("inf")),
+        ("rho", "0.05"),
+        ("rho", True),
+        ("lr", -1.0),
+        ("lr", float("nan")),
+        ("lr", torch.ones(2)),
+        ("betas", (1.0, 0.9)),
+        ("betas", (0.9, -0.1)),
+        ("eps", 0.0),
+        ("eps", -1e-6),
+        ("eps", 1e-30),  # its square is 0 in float32
+        ("weight_decay", -0.1),
+    ],
+)
+def test_bad_values_are_named(name, value):
+    with pytest.raises(ValueError, match=name):
+        AdaSAM([nn.Parameter(torch.ones(2))], **{name: value})
+    with pytest.raises(ValueError, match=name):
+        AdaSAM([{"params": [nn.Parameter(torch.ones(2))], name: value}])
+
+
+def test_epsilon_must_not_underflow_in_half_precision():
+    with pytest.raises(ValueError, match="float16"):
+        AdaSAM([nn.Parameter(torch.ones(2, dtype=torch.float16))], eps=1e-6)
+
+
+def test_unsupported_parameters_are_refused():
+    with pytest.raises(ValueError, match="complex64"):
+        AdaSAM([nn.Parameter(torch.ones(2, dtype=torch.complex64))])
+    embedding = nn.Embedding(4, 2, sparse=True)
+    optimizer = AdaSAM(embedding.parameters())
+    embedding(torch.tensor([1])).sum().backward()
+    with pytest.raises(RuntimeError, match="sparse=False"):
+        optimizer.step()
+    with pytest.raises(ValueError, match="exclude"):
+        AdaSAM([nn.Parameter(torch.ones(2))], foreach=True, fused=True)
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_checkpoint_of_another_optimizer_is_refused(amsgrad):
+    p = nn.Parameter(torch.ones(2))
+    other = torch.optim.AdamW([p], amsgrad=amsgrad)
+    p.grad = torch.ones(2)
+    other.step()
+    with pytest.raises(ValueError, match="not written by AdaSAM"):
+        AdaSAM([p]).load_state_dict(other.state_dict())
+
+
+def test_no_warnings():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run_optimizer(torch.float32)

@@ -1,0 +1,624 @@
+import math
+import os
+
+import numpy as np
+import pytest
+import torch
+from conftest import SIZE, flat, make_model, make_rows
+from oracle import Oracle
+from torch.nn.functional import cross_entropy
+from torch.utils.data import IterableDataset, SequentialSampler
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from adasam_hf import (
+    AdaSAM,
+    AdaSAMSeq2SeqTrainer,
+    AdaSAMSeq2SeqTrainingArguments,
+    AdaSAMTrainer,
+    AdaSAMTrainingArguments,
+    SharpnessAwareTrainerMixin,
+)
+
+EPS, BETAS, LR = 1e-3, (0.9, 0.98), 1e-3
+
+
+class InOrder:
+    def _get_train_sampler(self, *_):
+        return SequentialSampler(self.train_dataset)
+
+
+class Plain(InOrder, Trainer):
+    pass
+
+
+class Sharp(InOrder, AdaSAMTrainer):
+    pass
+
+
+class SeedSteps(TrainerCallback):
+    """Gives each optimizer step randomness that a hand-written loop can reproduce."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        torch.manual_seed(100 + state.global_step)
+
+
+@pytest.fixture
+def build(tmp_path):
+    def build(kind, model, rows=None, callbacks=None, mend=True, folder="out", optimizers=(None, None), **kwargs):
+        arguments = AdaSAMTrainingArguments if issubclass(kind, SharpnessAwareTrainerMixin) else TrainingArguments
+        if issubclass(kind, AdaSAMSeq2SeqTrainer):
+            arguments = AdaSAMSeq2SeqTrainingArguments
+        extra = {k: kwargs.pop(k) for k in ("compute_loss_func", "optimizer_cls_and_kwargs") if k in kwargs}
+        defaults = {
+            "per_device_train_batch_size": 4,
+            "num_train_epochs": 1,
+            "learning_rate": LR,
+            "lr_scheduler_type": "constant",
+            "max_grad_norm": 0.0,
+            "save_strategy": "no",
+            "logging_steps": 1,
+        }
+        args = arguments(
+            output_dir=str(tmp_path / folder), use_cpu=True, report_to="none", disable_tqdm=True, **(defaults | kwargs)
+        )
+        rows = make_rows() if rows is None else rows
+        trainer = kind(
+            model=model, args=args, train_dataset=rows, callbacks=callbacks, optimizers=optimizers, **extra
+        )
+        if mend:  # classification heads only seem to divide by num_items_in_batch
+            trainer.model_accepts_loss_kwargs = False
+        return trainer
+
+    return build
+
+
+# ---- against a loop written by hand ----
+
+
+class HandWritten:
+    """Both passes, the window, clipping and the update in NumPy; only the model's own gradients come from torch."""
+
+    def __init__(self, head, update, scope, k, smoothing=0.0, clip=0.0, decay=0.0, rho=0.05, fault=None):
+        self.model = make_model(head).train()
+        self.update, self.scope, self.k, self.smoothing, self.clip, self.fault = update, scope, k, smoothing, clip, fault
+        names = [n for n, _ in self.model.named_parameters()]
+        decayed = [i for i, n in enumerate(names) if "bias" not in n and "LayerNorm" not in n]
+        plain = [i for i in range(len(names)) if i not in decayed]
+        common = {"lr": LR, "betas": BETAS, "eps": EPS, "rho": rho}
+        groups = [
+            {**common, "weight_decay": decay, "index": decayed},
+            {**common, "weight_decay": 0.0, "index": plain},
+        ]
+        self.oracle = Oracle([p.detach().numpy() for p in self.model.parameters()], groups)
+        self.buffer = [0.0 for _ in names]
+
+    def gradient(self, at, rows):
+        for p, value in zip(self.model.parameters(), at, strict=True):
+            p.data.copy_(torch.from_numpy(np.asarray(value)))
+            p.grad = None
+        logits = self.model(input_ids=torch.stack([r["input_ids"] for r in rows])).logits
+        loss = cross_entropy(logits, torch.stack([r["labels"] for r in rows]), label_smoothing=self.smoothing)
+        loss.backward()
+        return loss.item(), [p.grad.numpy().copy() for p in self.model.parameters()]
+
+    def mean(self, at, micro_batches, states):
+        """Mean loss and gradient over micro-batches, each from its own random state."""
+        total, gradients = 0.0, None
+        for rows, state in zip(micro_batches, states, strict=True):
+            if state is not None:
+                torch.set_rng_state(state)
+            loss, g = self.gradient(at, rows)
+            total += loss / len(micro_batches)
+            g = [x / len(micro_batches) for x in g]
+            gradients = g if gradients is None else [a + b for a, b in zip(gradients, g, strict=True)]
+        return total, gradients
+
+    def step(self, micro_batches):
+        x = self.oracle.x
+        states, ascents, clean = [], [], 0.0
+        for rows in micro_batches:
+            states.append(torch.get_rng_state())
+            loss, g = self.gradient(x, rows)
+            clean += loss / len(micro_batches)
+            ascents.append(g)
+        if self.fault == "fresh_masks":
+            states = [None] * len(states)
+        if self.scope == "batch":
+            ascent = [sum(gs) / len(ascents) for gs in zip(*ascents, strict=True)]
+            sam, g = self.mean(self.oracle.perturbed(ascent), micro_batches, states)
+        else:
+            ascent = ascents[-1]
+            sam, g = 0.0, [np.zeros_like(p) for p in x]
+            for rows, state, own in zip(micro_batches, states, ascents, strict=True):
+                loss, more = self.mean(self.oracle.perturbed(own), [rows], [state])
+                sam += loss / len(micro_batches)
+                g = [a + b / len(micro_batches) for a, b in zip(g, more, strict=True)]
+        if self.clip:
+            norm = math.sqrt(sum((a**2).sum() for a in g))
+            g = [a * min(1.0, self.clip / (norm + 1e-6)) for a in g]
+        if self.update == "adasam":
+            self.oracle.update(g)
+        else:  # SGD with momentum and coupled decay
+            for group in self.oracle.groups:
+                for i in group["index"]:
+                    self.buffer[i] = 0.9 * self.buffer[i] + g[i] + group["weight_decay"] * x[i]
+                    x[i] = x[i] - LR * self.buffer[i]
+        # In microbatch scope the last window's `ascent` is one micro-batch's share of the mean.
+        norm = math.sqrt(sum((a**2).sum() for a in ascent)) / (1 if self.scope == "batch" else len(micro_batches))
+        return {"loss": clean, "sam_loss": sam, "sam_gap": sam - clean, "sam_grad_norm": norm}
+
+    def run(self, rows, batch=4):
+        batches = [rows[i : i + batch] for i in range(0, len(rows), batch)]
+        logs = []
+        for t in range(0, len(batches), self.k):
+            torch.manual_seed(100 + t // self.k)
+            logs.append(self.step(batches[t : t + self.k]))
+        return np.concatenate([p.reshape(-1) for p in self.oracle.x]), logs
+
+
+CASES = {
+    "plain": {},
+    "accumulation": {"k": 4},  # 6 micro-batches: the last window is shorter, and so is its last micro-batch
+    "label smoothing": {"smoothing": 0.1, "k": 4},
+    "clipping": {"clip": 0.05, "k": 2},
+    "everything": {"k": 4, "smoothing": 0.2, "clip": 0.1, "decay": 0.5},
+}
+
+
+def trained(build, head, optim, scope, k=1, smoothing=0.0, clip=0.0, decay=0.0, **more):
+    trainer = build(
+        Sharp,
+        make_model(head),
+        callbacks=[SeedSteps()],
+        optim=optim,
+        sam_rho=0.05,
+        sam_scope=scope,
+        gradient_accumulation_steps=k,
+        label_smoothing_factor=smoothing,
+        max_grad_norm=clip,
+        weight_decay=decay,
+        **({"adam_epsilon": EPS} if optim == "adasam" else {}),
+        **more,
+    )
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("scope", ["batch", "microbatch"])
+@pytest.mark.parametrize("optim", ["adasam", "sam"])
+@pytest.mark.parametrize("head", ["bert", "roberta"])
+@pytest.mark.parametrize("case", CASES)
+def test_equals_a_hand_written_loop(build, head, case, optim, scope):
+    trainer = trained(build, head, optim, scope, **CASES[case])
+    want, want_logs = HandWritten(head, optim, scope, **{"k": 1, **CASES[case]}).run(make_rows())
+    got = flat(trainer.model).numpy()
+    travelled = np.abs(want - flat(make_model(head)).numpy()).max()
+    assert np.abs(got - want).max() < 1e-11 * max(travelled, 1e-2)
+
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logs) == len(want_logs) == math.ceil(6 / CASES[case].get("k", 1))
+    for entry, wanted in zip(logs, want_logs, strict=True):
+        # the logged loss is accumulated in float32
+        assert {name: entry[name] for name in wanted} == pytest.approx(wanted, rel=1e-5, abs=1e-6)
+        assert entry["sam_rho"] == 0.05
+
+
+@pytest.mark.parametrize("fault", ["fresh masks", "other scope", "other radius", "plain optimizer"])
+def test_the_hand_written_loop_tells_faults_apart(fault):
+    """The control of the test above."""
+    options = {"head": "bert", "update": "adasam", "scope": "batch", "k": 4, "rho": 0.05}
+    right, _ = HandWritten(**options).run(make_rows())
+    change = {
+        "fresh masks": {"fault": "fresh_masks"},
+        "other scope": {"scope": "microbatch"},
+        "other radius": {"rho": 0.051},
+        "plain optimizer": {"rho": 0.0},
+    }[fault]
+    wrong, _ = HandWritten(**{**options, **change}).run(make_rows())
+    assert np.abs(wrong - right).max() > 1e-6
+
+
+# ---- against the stock Trainer ----
+
+
+class Fingerprint(TrainerCallback):
+    """The random stream as it is after each step."""
+
+    def __init__(self):
+        self.states = []
+
+    def on_step_end(self, *args, **kwargs):
+        self.states.append(torch.get_rng_state())
+
+
+def compare_with_stock(build, stock, ours, exact=True):
+    results = []
+    for kind, kwargs in ((Plain, stock), (Sharp, {**stock, **ours})):
+        marks = Fingerprint()
+        # the window's callbacks run before the loop's, so a step starts where the last one ended
+        trainer = build(kind, make_model("bert", torch.float32), callbacks=[marks], mend=False, folder=kind.__name__, **kwargs)
+        trainer.train()
+        results.append((flat(trainer.model), marks.states, trainer))
+    (want, want_states, _), (got, states, trainer) = results
+    assert len(states) == len(want_states) > 0
+    assert torch.equal(got, want) is exact
+    assert all(torch.equal(a, b) for a, b in zip(states, want_states, strict=True))
+    assert not torch.equal(want, flat(make_model("bert", torch.float32)))
+    return trainer
+
+
+SETTINGS = {
+    "plain": {},
+    "accumulation": {"gradient_accumulation_steps": 4},
+    "neftune": {"neftune_noise_alpha": 5.0},
+    "label smoothing": {"label_smoothing_factor": 0.1, "gradient_accumulation_steps": 2},
+    "clipping, warm-up, decay": {"max_grad_norm": 0.1, "warmup_steps": 2, "weight_decay": 0.1, "lr_scheduler_type": "linear"},
+}
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "sgd", "adafactor"])
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_radius_zero_is_the_stock_run(build, setting, optim):
+    trainer = compare_with_stock(build, {"optim": optim, **SETTINGS[setting]}, {"sam_rho": 0.0})
+    assert not any("sam_loss" in entry for entry in trainer.state.log_history)
+
+
+@pytest.mark.parametrize("scope", ["batch", "microbatch"])
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_two_passes_with_no_effect_are_the_stock_run(build, setting, scope):
+    """Radius 1e-30 runs all the machinery but moves no float32 weight: weights and randomness are those of stock."""
+    trainer = compare_with_stock(build, SETTINGS[setting], {"sam_rho": 1e-30, "sam_scope": scope})
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert logs and all(entry["sam_gap"] == 0 and entry["sam_rho"] == 1e-30 for entry in logs)
+
+
+def test_a_real_radius_uses_the_same_randomness(build):
+    compare_with_stock(build, {}, {"sam_rho": 0.05}, exact=False)
+
+
+def test_fresh_masks_differ(build):
+    """The control of the two tests above."""
+    with pytest.raises(AssertionError):
+        compare_with_stock(build, {}, {"sam_rho": 1e-30, "sam_dropout": "fresh"})
+
+
+# ---- the window ----
+
+
+def causal_rows():
+    """Sentences with unequal numbers of labels."""
+    generator = torch.Generator().manual_seed(2)
+    rows = []
+    for i in range(18):
+        ids = torch.randint(2, 40, (10,), generator=generator)
+        labels = ids.clone()
+        labels[: i % 7] = -100
+        rows.append({"input_ids": ids, "labels": labels})
+    return rows
+
+
+def causal_model():
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
+    ).double()
+
+
+@pytest.mark.parametrize("scope", ["batch", "microbatch"])
+@pytest.mark.parametrize("kind", ["classification", "causal"])
+def test_micro_batches_equal_one_batch(build, kind, scope):
+    """8×1 = 4×2 = 2×4 per step, also in the last window of 2; in microbatch scope, by design, not."""
+    results = []
+    for size, k in ((8, 1), (4, 2), (2, 4)):
+        if kind == "causal":
+            model, rows = causal_model(), causal_rows()
+        else:
+            model, rows = make_model("bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0), make_rows(18)
+        trainer = build(
+            Sharp,
+            model,
+            rows,
+            mend=kind == "classification",
+            optim="adasam",
+            adam_epsilon=EPS,
+            sam_scope=scope,
+            sam_rho=0.1,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=k,
+        )
+        trainer.train()
+        assert trainer.state.global_step == 3
+        results.append(flat(model))
+    difference = max((r - results[0]).abs().max().item() for r in results[1:])
+    assert difference < 1e-13 if scope == "batch" else difference > 1e-7
+
+
+def test_unmended_heads_depend_on_the_split(build):
+    """The upstream trap that `mend` stands for: without it, classification heads sum over micro-batches."""
+    norms = []
+    for size, k in ((8, 1), (2, 4)):
+        model = make_model("bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+        trainer = build(
+            Plain, model, make_rows(8), mend=False, per_device_train_batch_size=size, gradient_accumulation_steps=k
+        )
+        trainer.train()
+        norms.append(trainer.state.log_history[0]["grad_norm"])
+    assert norms[1] == pytest.approx(4 * norms[0], rel=1e-6)
+
+
+class Stream(IterableDataset):
+    """Rows without a length: the last window is short and, in stock too, ends without an update."""
+
+    def __iter__(self):
+        yield from make_rows(22)
+
+
+@pytest.mark.parametrize("scope", ["batch", "microbatch"])
+def test_unsized_data_carries_left_over_gradients_as_stock_does(build, scope):
+    results = []
+    for kind, more in ((Trainer, {}), (AdaSAMTrainer, {"sam_rho": 1e-30, "sam_scope": scope})):
+        model = make_model("bert", torch.float32)
+        build(kind, model, Stream(), max_steps=4, gradient_accumulation_steps=4, mend=False, **more).train()
+        results.append(flat(model))
+    assert torch.equal(*results)
+
+
+def test_a_custom_loss_is_the_same_in_both_passes(build):
+    """The Trainer takes the labels out of the inputs for it; both passes must still find them."""
+    seen = []
+
+    def loss_of(outputs, labels, num_items_in_batch=None):
+        seen.append(labels.tolist())
+        return cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
+
+    trainer = build(Sharp, make_model("bert"), make_rows(8), compute_loss_func=loss_of, optim="adasam")
+    trainer.train()
+    assert seen[0] == seen[1] != seen[2] == seen[3]
+
+
+# ---- clean weights ----
+
+
+class Watch(TrainerCallback):
+    """Every callback sees the weights of the last update."""
+
+    def __init__(self):
+        self.events = set()
+
+    def see(self, event, model):
+        now = flat(model)
+        if event == "step_begin":
+            self.clean = now
+        elif event != "optimizer_step":
+            assert torch.equal(now, self.clean), event
+        self.events.add(event)
+
+    def on_step_begin(self, args, state, control, model, **kwargs):
+        self.see("step_begin", model)
+
+    def on_substep_end(self, args, state, control, model, **kwargs):
+        self.see("substep_end", model)
+
+    def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+        self.see("pre_optimizer_step", model)
+
+
+@pytest.mark.parametrize("scope", ["batch", "microbatch"])
+def test_callbacks_see_clean_weights(build, scope):
+    watch = Watch()
+    build(
+        Sharp, make_model("bert"), callbacks=[watch], optim="adasam", sam_scope=scope, gradient_accumulation_steps=2
+    ).train()
+    assert watch.events == {"step_begin", "substep_end", "pre_optimizer_step"}
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()], ids=["error", "ctrl-c"])
+@pytest.mark.parametrize("scope", ["batch", "microbatch"])
+def test_failure_in_the_second_pass_leaves_clean_weights(build, error, scope):
+    model = make_model("bert", torch.float32)
+    watch = Watch()
+    trainer = build(Sharp, model, callbacks=[watch], optim="adasam", sam_scope=scope, gradient_accumulation_steps=2)
+    moved = []
+
+    def fail(*_):
+        if hasattr(watch, "clean") and not torch.equal(flat(model), watch.clean) and trainer.state.global_step == 1:
+            moved.append(True)
+            raise error
+
+    model.classifier.register_forward_hook(fail)
+    with pytest.raises(type(error)):
+        trainer.train()
+    assert moved == [True]
+    assert torch.equal(flat(model), watch.clean)
+
+
+@pytest.mark.parametrize("optim", ["adasam", "sam", "adamw_torch"])
+def test_interrupted_and_resumed_equals_uninterrupted(build, tmp_path, optim):
+    common = {
+        "optim": optim,
+        "sam_rho": 0.05,
+        "gradient_accumulation_steps": 2,
+        "num_train_epochs": 2,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": 2,
+    }
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 4
+
+    whole = make_model("bert", torch.float32)
+    build(AdaSAMTrainer, whole, folder="whole", **common).train()
+    build(AdaSAMTrainer, make_model("bert", torch.float32), folder="cut", callbacks=[Stop()], **common).train()
+    resumed = make_model("bert", torch.float32)
+    trainer = build(AdaSAMTrainer, resumed, folder="cut", **common)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-4"))
+    assert trainer.state.global_step == 6
+    assert torch.equal(flat(resumed), flat(whole))
+    saved = torch.load(tmp_path / "cut" / "checkpoint-4" / "optimizer.pt", weights_only=True)
+    kinds = {name for state in saved["state"].values() for name in state}
+    assert kinds <= {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer"}
+
+
+# ---- the radius has one owner ----
+
+
+def test_the_radius_of_an_instance_counts(build):
+    model = make_model("bert")
+    trainer = build(Sharp, model, optimizers=(AdaSAM(model.parameters(), lr=LR, rho=0.07), None))
+    trainer.train()
+    assert trainer.state.log_history[0]["sam_rho"] == 0.07
+
+
+def test_the_radius_of_a_class_counts(build):
+    trainer = build(Sharp, make_model("bert"), optimizer_cls_and_kwargs=(AdaSAM, {"lr": LR, "rho": 0.07}))
+    trainer.train()
+    assert trainer.state.log_history[0]["sam_rho"] == 0.07
+
+
+def test_an_argument_replaces_the_radius_of_an_instance_and_says_so(build, monkeypatch):
+    said = []
+    monkeypatch.setattr("adasam_hf.trainer.logger.warning", said.append)
+    model = make_model("bert")
+    optimizer = AdaSAM(model.parameters(), lr=LR, rho=0.07)
+    trainer = build(Sharp, model, optimizers=(optimizer, None), sam_rho=0.02)
+    trainer.train()
+    assert optimizer.param_groups[0]["rho"] == trainer.state.log_history[0]["sam_rho"] == 0.02
+    assert len(said) == 1 and "0.02 replaces the radius 0.07" in said[0]
+
+
+def test_groups_may_differ(build):
+    model = make_model("bert", torch.float32)
+    *body, head = model.parameters()
+    optimizer = AdaSAM([{"params": body, "rho": 0.0}, {"params": [head], "rho": 0.1}], lr=LR)
+    moved = []
+
+    def look(*_):
+        if torch.is_grad_enabled():
+            moved.append((flat(model)[: -head.numel()].clone(), head.detach().clone()))
+
+    model.classifier.register_forward_hook(look)
+    build(Sharp, model, make_rows(4), optimizers=(optimizer, None)).train()
+    (body_at_w, head_at_w), (body_up, head_up) = moved
+    assert torch.equal(body_at_w, body_up)
+    assert not torch.equal(head_at_w, head_up)
+
+
+def test_adadelta_keeps_its_own_rho(build):
+    model = make_model("bert")
+    optimizer = torch.optim.Adadelta(model.parameters(), rho=0.8)
+    trainer = build(Sharp, model, optimizers=(optimizer, None), sam_rho=0.05)
+    trainer.train()
+    assert optimizer.param_groups[0]["rho"] == 0.8
+    assert trainer.state.log_history[0]["sam_rho"] == 0.05
+
+
+def test_amsgrad_resumed_from_adasam_stays_at_radius_zero(build, tmp_path):
+    common = {"save_strategy": "steps", "save_steps": 3}
+    build(Sharp, make_model("bert"), optim="adasam", **common).train()
+    trainer = build(Sharp, make_model("bert"), optim="amsgrad", **common)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-3"))
+    assert trainer.state.global_step == 6
+    assert "sam_loss" not in trainer.state.log_history[-2]
+
+
+def test_beta2_without_warm_up_is_pointed_out(build, monkeypatch):
+    said = []
+    monkeypatch.setattr("adasam_hf.trainer.logger.warning", said.append)
+    build(Sharp, make_model("bert"), optim="adasam", adam_beta2=0.999).train()
+    assert len(said) == 1 and "warmup_steps" in said[0]
+    build(Sharp, make_model("bert"), optim="adasam", adam_beta2=0.999, warmup_steps=2).train()
+    build(Sharp, make_model("bert"), optim="adasam").train()
+    assert len(said) == 1
+
+
+# ---- the rest of the contract ----
+
+
+def test_direct_calls_are_a_window_of_one(build):
+    model = make_model("bert")
+    trainer = build(Sharp, model, optim="adasam", gradient_accumulation_steps=4)
+    before = flat(model)
+    batch = {k: torch.stack([r[k] for r in make_rows(4)]) for k in ("input_ids", "labels")}
+    trainer.current_gradient_accumulation_steps = 1
+    torch.manual_seed(0)
+    loss = trainer.training_step(model, batch)
+    assert torch.equal(flat(model), before)
+    torch.manual_seed(0)
+    assert loss.item() == pytest.approx(model(**batch).loss.item(), rel=1e-12)
+
+
+def test_flops_count_both_passes(build):
+    totals = [
+        (t := build(kind, make_model("bert"), **more), t.train(), t.state.total_flos)[-1]
+        for kind, more in ((Plain, {}), (Sharp, {}), (Sharp, {"optim": "adasam"}))
+    ]
+    assert totals[0] > 0
+    assert totals[1:] == [totals[0], 2 * totals[0]]
+
+
+def test_model_card_shows_the_values(build, tmp_path):
+    shown = {}
+    for name, more in {
+        "adasam": {"sam_rho": 0.03, "adam_beta2": 0.9},
+        "sam": {},
+        "adamw_torch": {"sam_rho": 0.01, "sam_scope": "microbatch"},
+        "amsgrad": {},
+    }.items():
+        trainer = build(Sharp, make_model("bert"), make_rows(4), optim=name, hub_token="hf_planted", **more)
+        trainer.train()
+        trainer.create_model_card()
+        shown[name] = (tmp_path / "out" / "README.md").read_text()
+        assert "hf_planted" not in shown[name]
+        assert shown[name].count("- optimizer:") == 1
+        assert "- lr_scheduler_type: constant" in shown[name]
+        os.remove(tmp_path / "out" / "README.md")
+    assert "- optimizer: adasam (AdaSAM, arXiv:2303.00565, with betas=(0.9, 0.9), epsilon=1e-06)" in shown["adasam"]
+    assert "- sam_rho: 0.03\n- sam_scope: batch\n- sam_dropout: same\n" in shown["adasam"]
+    assert "- optimizer: sam (SGD with momentum=0.9)" in shown["sam"]
+    assert "betas=(0.9, 0.999), epsilon=1e-08" in shown["adamw_torch"]
+    assert "- sam_scope: microbatch" in shown["adamw_torch"]
+    assert "- sam_rho: 0.0\n- lr_scheduler_type" in shown["amsgrad"]
+
+
+def test_seq2seq(build):
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "encoder_layers": 1, "decoder_layers": 1}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    model = BartForConditionalGeneration(BartConfig(vocab_size=40, max_position_embeddings=20, **sizes, **heads))
+    rows = [{"input_ids": r["input_ids"], "labels": r["input_ids"][:5]} for r in make_rows(8)]
+    trainer = build(
+        AdaSAMSeq2SeqTrainer,
+        model,
+        rows,
+        mend=False,
+        optim="adasam",
+        predict_with_generate=True,
+        generation_max_length=6,
+        gradient_accumulation_steps=2,
+    )
+    trainer.train()
+    assert trainer.state.log_history[0]["sam_gap"] > 0
+    assert trainer.predict(rows).predictions.shape == (8, 6)
+
+
+def test_plain_arguments_are_refused(tmp_path):
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    with pytest.raises(TypeError, match="AdaSAMTrainingArguments"):
+        AdaSAMTrainer(make_model("bert"), args)
+    with pytest.raises(TypeError, match="AdaSAMTrainingArguments"):
+        AdaSAMTrainer(make_model("bert"))
+
+
+def test_vocabulary_of_the_rows_fits_the_model():
+    assert max(int(r["input_ids"].max()) for r in make_rows()) < SIZE["vocab_size"]
