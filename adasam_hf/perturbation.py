@@ -85,7 +85,9 @@ class Perturbation:
         groups = self.optimizer.param_groups
         radii = list(rho) if isinstance(rho, Sequence) else [rho] * len(groups)
         if len(radii) != len(groups):
-            raise ValueError(f"rho={rho!r} has {len(radii)} radii for {len(groups)} parameter groups; give one for each")
+            raise ValueError(
+                f"rho={rho!r} has {len(radii)} radii for {len(groups)} parameter groups; give one for each"
+            )
         climbs = [
             ([p for p in group["params"] if p.grad is not None], check_radius(radius))
             for group, radius in zip(groups, radii, strict=True)

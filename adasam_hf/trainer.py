@@ -184,7 +184,9 @@ class SharpnessAwareTrainerMixin:
             with open(path, encoding="utf-8") as file:
                 card = file.read()
             # The stock entry reads betas only for names with "adam" in them, and may go on over a second line.
-            card = re.sub(r"^- optimizer: .*?\n(?=- )", lambda _: self._card_entries(), card, count=1, flags=re.M | re.S)
+            card = re.sub(
+                r"^- optimizer: .*?\n(?=- )", lambda _: self._card_entries(), card, count=1, flags=re.M | re.S
+            )
             with open(path, "w", encoding="utf-8") as file:
                 file.write(card)
 

@@ -90,8 +90,15 @@ def main() -> None:
     args, more = parser.parse_known_args()
 
     files = write_sentences(args.output_dir / "data")
-    rows = [fine_tune(optim, seed, args.sam_rho, files, args.output_dir, more) for seed in args.seeds for optim in OPTIMIZERS]
-    write_json(args.output_dir / "results.json", {**provenance(), "config": CONFIG.read_text(), "sam_rho": args.sam_rho, "more": more, "rows": rows})
+    rows = [
+        fine_tune(optim, seed, args.sam_rho, files, args.output_dir, more)
+        for seed in args.seeds
+        for optim in OPTIMIZERS
+    ]
+    write_json(
+        args.output_dir / "results.json",
+        {**provenance(), "config": CONFIG.read_text(), "sam_rho": args.sam_rho, "more": more, "rows": rows},
+    )
     print(f"\n{table(rows)}\n")
     print("accuracy: on held-out sentences; sam_gap: how much the loss rises at the worst weights within the radius,")
     print(f"lower is flatter; seconds: of training. Written to {args.output_dir}/results.json")

@@ -9,6 +9,8 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
 
+torch.set_num_threads(1)  # the models are tiny, and idle OpenMP threads spin
+
 SNAPSHOT = Path(os.environ.get("ADASAM_GLUE", Path(__file__).parents[2] / "shared" / "glue"))
 SIZE = {
     "vocab_size": 40,

@@ -9,7 +9,7 @@ FAULTS = ("bias_correction", "added_epsilon", "norm_per_parameter", "no_maximum"
 
 
 class Oracle:
-    """params: list of arrays. groups: dicts of lr, betas, eps, weight_decay, rho and `index`, the positions of theirs."""
+    """params: list of arrays. groups: dicts of lr, betas, eps, weight_decay, rho and `index`, their positions."""
 
     def __init__(self, params, groups, fault=None):
         self.x = [np.array(p, dtype=np.float64) for p in params]

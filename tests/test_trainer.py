@@ -4,7 +4,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from conftest import SIZE, flat, make_model, make_rows
+from conftest import flat, make_model, make_rows
 from oracle import Oracle
 from torch.nn.functional import cross_entropy
 from torch.utils.data import IterableDataset, SequentialSampler
@@ -70,9 +70,7 @@ def build(tmp_path):
             output_dir=str(tmp_path / folder), use_cpu=True, report_to="none", disable_tqdm=True, **(defaults | kwargs)
         )
         rows = make_rows() if rows is None else rows
-        trainer = kind(
-            model=model, args=args, train_dataset=rows, callbacks=callbacks, optimizers=optimizers, **extra
-        )
+        trainer = kind(model=model, args=args, train_dataset=rows, callbacks=callbacks, optimizers=optimizers, **extra)
         if mend:  # classification heads only seem to divide by num_items_in_batch
             trainer.model_accepts_loss_kwargs = False
         return trainer
@@ -88,7 +86,14 @@ class HandWritten:
 
     def __init__(self, head, update, scope, k, smoothing=0.0, clip=0.0, decay=0.0, rho=0.05, fault=None):
         self.model = make_model(head).train()
-        self.update, self.scope, self.k, self.smoothing, self.clip, self.fault = update, scope, k, smoothing, clip, fault
+        self.update, self.scope, self.k, self.smoothing, self.clip, self.fault = (
+            update,
+            scope,
+            k,
+            smoothing,
+            clip,
+            fault,
+        )
         names = [n for n, _ in self.model.named_parameters()]
         decayed = [i for i, n in enumerate(names) if "bias" not in n and "LayerNorm" not in n]
         plain = [i for i in range(len(names)) if i not in decayed]
@@ -105,7 +110,11 @@ class HandWritten:
             p.data.copy_(torch.from_numpy(np.asarray(value)))
             p.grad = None
         logits = self.model(input_ids=torch.stack([r["input_ids"] for r in rows])).logits
-        loss = cross_entropy(logits, torch.stack([r["labels"] for r in rows]), label_smoothing=self.smoothing)
+        labels = torch.stack([r["labels"] for r in rows])
+        loss = cross_entropy(logits, labels)
+        if self.smoothing:  # as Transformers has it, with one sum in float32
+            uniform = -logits.log_softmax(-1).sum(-1, dtype=torch.float32).mean() / logits.shape[-1]
+            loss = (1 - self.smoothing) * loss + self.smoothing * uniform
         loss.backward()
         return loss.item(), [p.grad.numpy().copy() for p in self.model.parameters()]
 
@@ -244,7 +253,9 @@ def compare_with_stock(build, stock, ours, exact=True):
     for kind, kwargs in ((Plain, stock), (Sharp, {**stock, **ours})):
         marks = Fingerprint()
         # the window's callbacks run before the loop's, so a step starts where the last one ended
-        trainer = build(kind, make_model("bert", torch.float32), callbacks=[marks], mend=False, folder=kind.__name__, **kwargs)
+        trainer = build(
+            kind, make_model("bert", torch.float32), callbacks=[marks], mend=False, folder=kind.__name__, **kwargs
+        )
         trainer.train()
         results.append((flat(trainer.model), marks.states, trainer))
     (want, want_states, _), (got, states, trainer) = results
@@ -260,7 +271,12 @@ SETTINGS = {
     "accumulation": {"gradient_accumulation_steps": 4},
     "neftune": {"neftune_noise_alpha": 5.0},
     "label smoothing": {"label_smoothing_factor": 0.1, "gradient_accumulation_steps": 2},
-    "clipping, warm-up, decay": {"max_grad_norm": 0.1, "warmup_steps": 2, "weight_decay": 0.1, "lr_scheduler_type": "linear"},
+    "clipping, warm-up, decay": {
+        "max_grad_norm": 0.1,
+        "warmup_steps": 2,
+        "weight_decay": 0.1,
+        "lr_scheduler_type": "linear",
+    },
 }
 
 
@@ -604,12 +620,11 @@ def test_seq2seq(build):
         mend=False,
         optim="adasam",
         predict_with_generate=True,
-        generation_max_length=6,
         gradient_accumulation_steps=2,
     )
     trainer.train()
     assert trainer.state.log_history[0]["sam_gap"] > 0
-    assert trainer.predict(rows).predictions.shape == (8, 6)
+    assert len(trainer.predict(rows).predictions) == 8
 
 
 def test_plain_arguments_are_refused(tmp_path):
@@ -618,7 +633,3 @@ def test_plain_arguments_are_refused(tmp_path):
         AdaSAMTrainer(make_model("bert"), args)
     with pytest.raises(TypeError, match="AdaSAMTrainingArguments"):
         AdaSAMTrainer(make_model("bert"))
-
-
-def test_vocabulary_of_the_rows_fits_the_model():
-    assert max(int(r["input_ids"].max()) for r in make_rows()) < SIZE["vocab_size"]

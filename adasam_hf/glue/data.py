@@ -102,7 +102,11 @@ def _is_text(feature) -> bool:
 
 
 def _named_label(rows: Dataset, label_column: str) -> Dataset:
-    return rows if label_column == "label" or label_column not in rows.column_names else rows.rename_column(label_column, "label")
+    return (
+        rows
+        if label_column == "label" or label_column not in rows.column_names
+        else rows.rename_column(label_column, "label")
+    )
 
 
 def _infer_task(train: Dataset, texts: tuple[str, ...]) -> Task:

@@ -15,7 +15,7 @@ def predictions_of(logits: np.ndarray | tuple, is_regression: bool) -> np.ndarra
 
 
 def make_compute_metrics(names: Sequence[str], is_regression: bool) -> Callable[[EvalPrediction], dict[str, float]]:
-    """A `compute_metrics` for the named metrics; with several, `combined_score` is their mean, as GLUE averages them."""
+    """A `compute_metrics` for the named metrics; with several, `combined_score` is their mean, as in GLUE."""
     module = str(Path(__file__).with_name("glue_metric.py"))
     metrics = [evaluate.load(module, name, keep_in_memory=True) for name in names]
 

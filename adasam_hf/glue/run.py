@@ -76,7 +76,9 @@ class DataArguments:
         for name in ("max_seq_length", "max_train_samples", "max_eval_samples", "max_predict_samples"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"{name}={value!r} must be at least 1" + ("" if name == "max_seq_length" else ", or unset"))
+                raise ValueError(
+                    f"{name}={value!r} must be at least 1" + ("" if name == "max_seq_length" else ", or unset")
+                )
 
 
 @dataclass(repr=False)
@@ -101,7 +103,7 @@ def config_tokens(path: str, known: set[str]) -> list[str]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"config={path!r} does not exist")
     text = Path(path).read_text(encoding="utf-8")
-    typed, plain = yaml.safe_load(text), yaml.load(text, Loader=yaml.BaseLoader)  # noqa: S506 - text only, no objects
+    typed, plain = yaml.safe_load(text), yaml.load(text, Loader=yaml.BaseLoader)
     if not isinstance(typed, dict):
         raise ValueError(f"config={path!r} must be a mapping of argument names to values")
     if unknown := sorted(set(typed) - known):
@@ -229,14 +231,18 @@ def _find_checkpoint(args: GlueTrainingArguments) -> str | None:
         return None
     if asked.lower() in ("last", "true"):
         if last is None:
-            raise FileNotFoundError(f"resume_from_checkpoint={asked!r}: output_dir={args.output_dir!r} has no checkpoint")
+            raise FileNotFoundError(
+                f"resume_from_checkpoint={asked!r}: output_dir={args.output_dir!r} has no checkpoint"
+            )
         return last
     if not Path(asked).is_dir():
         raise FileNotFoundError(f"resume_from_checkpoint={asked!r} is no folder; give a checkpoint-N folder, or 'last'")
     return asked
 
 
-def _load_data(data_args: DataArguments, args: GlueTrainingArguments, model_args: ModelArguments) -> tuple[Task, DatasetDict]:
+def _load_data(
+    data_args: DataArguments, args: GlueTrainingArguments, model_args: ModelArguments
+) -> tuple[Task, DatasetDict]:
     task = get_task(data_args.task_name) if data_args.task_name else None
     files = {"train": data_args.train_file, "validation": data_args.validation_file, "test": data_args.test_file}
     files = {split: file for split, file in files.items() if file is not None}
@@ -245,9 +251,7 @@ def _load_data(data_args: DataArguments, args: GlueTrainingArguments, model_args
     tests = ["test"] if in_files or task is None else [split for split, _ in task.submissions]
     splits = ["train"] * args.do_train + evaluations * args.do_eval + tests * args.do_predict
     if not in_files:
-        return task, load_task(
-            task, data_args.dataset_name_or_path, splits, model_args.cache_dir, args.hub_token
-        )
+        return task, load_task(task, data_args.dataset_name_or_path, splits, model_args.cache_dir, args.hub_token)
     texts = [name.strip() for name in data_args.text_column_names.split(",")] if data_args.text_column_names else None
     return load_files(task, files, texts, data_args.label_column_name, splits)
 
@@ -276,7 +280,11 @@ def _load_model(model_args: ModelArguments, task: Task):
 
 
 def _tokenize(
-    data: DatasetDict, task: Task, tokenizer: PreTrainedTokenizerBase, data_args: DataArguments, args: GlueTrainingArguments
+    data: DatasetDict,
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    data_args: DataArguments,
+    args: GlueTrainingArguments,
 ) -> DatasetDict:
     length = min(data_args.max_seq_length, tokenizer.model_max_length)
 

@@ -1,0 +1,22 @@
+# Both commands start from nothing but Python 3.11 and pip: they make the virtual environment .venv.
+PYTHON ?= python3
+VENV ?= .venv
+export HF_HUB_OFFLINE = 1
+
+.PHONY: quickstart test lint
+
+quickstart: $(VENV)/quickstart
+	$(VENV)/bin/python scripts/quickstart.py $(ARGS)
+
+test: $(VENV)/test
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q $(ARGS)
+
+lint: $(VENV)/test
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+$(VENV)/%: setup.cfg constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet torch==2.13.0
+	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable '.[$*]'
+	touch $@

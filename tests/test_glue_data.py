@@ -1,0 +1,175 @@
+import json
+
+import pytest
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+
+from adasam_hf.glue.data import load_files, load_task, resolve_path
+from adasam_hf.glue.tasks import TASKS, get_task
+
+SIZES = {  # of the hub's nyu-mll/glue, where the local snapshot has the task
+    "cola": (8551, 1043, 1063),
+    "sst2": (67349, 872, 1821),
+    "mrpc": (3668, 408, 1725),
+    "stsb": (5749, 1500, 1379),
+    "rte": (2490, 277, 3000),
+    "wnli": (635, 71, 146),
+}
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(name, text):
+        (tmp_path / name).write_text(text)
+        return str(tmp_path / name)
+
+    return write
+
+
+def snapshot(folder, task, labels=(0, 1, 0), test_labels=(-1, -1), texts=None, names=None):
+    """A small GLUE task in the hub's layout."""
+    columns = {c: Value("string") for c in texts or task.texts}
+    label = Value("float32") if task.is_regression else ClassLabel(names=list(names or task.labels))
+    features = Features({**columns, "label": label, "idx": Value("int32")})
+
+    def rows(values):
+        values = [float(v) for v in values] if task.is_regression else list(values)
+        content = {c: [f"{c} {i}" for i in range(len(values))] for c in columns}
+        return Dataset.from_dict({**content, "label": values, "idx": list(range(len(values)))}, features=features)
+
+    splits = {"train": rows(labels)}
+    splits |= {split: rows(labels) for split, _ in task.evaluations}
+    splits |= {split: rows(test_labels) for split, _ in task.submissions}
+    lines = ["---", "configs:", f"- config_name: {task.name}", "  data_files:"]
+    for split, content in splits.items():
+        path = folder / task.name / f"{split}-00000-of-00001.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content.to_parquet(path)
+        lines += [f"  - split: {split}", f"    path: {task.name}/{split}-*"]
+    (folder / "README.md").write_text("\n".join([*lines, "---", ""]))
+    return str(folder)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_task_loads_from_a_snapshot(tmp_path, name):
+    task = get_task(name)
+    splits = ["train", *(s for s, _ in task.evaluations), *(s for s, _ in task.submissions)]
+    data = load_task(task, snapshot(tmp_path / "glue", task), splits, cache_dir=str(tmp_path / "cache"))
+    assert isinstance(data, DatasetDict) and set(data) == set(splits)
+    assert len(data["train"]) == 3
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_the_real_snapshot(glue_snapshot, name):
+    data = load_task(get_task(name), glue_snapshot, ["train", "validation", "test"])
+    assert tuple(len(data[s]) for s in ("train", "validation", "test")) == SIZES[name]
+
+
+def test_what_the_real_snapshot_lacks_is_named(glue_snapshot):
+    with pytest.raises(ValueError, match=r"(?s)no task 'mnli'.*nyu-mll/glue"):
+        load_task(get_task("mnli"), glue_snapshot, ["train"])
+    with pytest.raises(ValueError, match="no split 'train'"):
+        load_task(get_task("qnli"), glue_snapshot, ["train"])
+    assert len(load_task(get_task("qnli"), glue_snapshot, ["validation"])["validation"]) == 5463
+
+
+def test_missing_folder():
+    with pytest.raises(FileNotFoundError, match="nyu-mll/glue"):
+        load_task(get_task("cola"), "./nowhere", ["train"])
+
+
+def test_bad_snapshots(tmp_path):
+    task, cache = get_task("rte"), str(tmp_path / "cache")
+    with pytest.raises(ValueError, match=r"row 1 of split 'train' has label -1.*entailment"):
+        load_task(task, snapshot(tmp_path / "a", task, labels=(0, -1, 1)), ["train"], cache)
+    with pytest.raises(ValueError, match=r"no column \['sentence2'\]"):
+        load_task(task, snapshot(tmp_path / "b", task, texts=("sentence1", "other")), ["train"], cache)
+    with pytest.raises(ValueError, match="not those of the task"):
+        load_task(task, snapshot(tmp_path / "c", task, names=("not_entailment", "entailment")), ["train"], cache)
+    stsb = get_task("stsb")
+    with pytest.raises(ValueError, match=r"row 2 .* nan.*finite"):
+        load_task(stsb, snapshot(tmp_path / "d", stsb, labels=(0, 1, float("nan"))), ["train"], cache)
+
+
+CSV = "text,label\ngood film,1\nbad film,0\nfine film,1\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.csv", CSV),
+        ("a.tsv", CSV.replace(",", "\t")),
+        (
+            "a.json",
+            "\n".join(json.dumps({"text": t, "label": y}) for t, y in [("good film", 1), ("bad film", 0), ("x", 1)]),
+        ),
+        (
+            "a.jsonl",
+            "\n".join(json.dumps({"text": t, "label": y}) for t, y in [("good film", 1), ("bad film", 0), ("x", 1)]),
+        ),
+    ],
+)
+def test_file_formats(write, name, text):
+    task, data = load_files(None, {"train": write(name, text)}, None, "label", ["train"])
+    assert (task.texts, task.labels, task.metrics) == (("text",), ("0", "1"), ("accuracy",))
+    assert list(data["train"]["label"]) == [1, 0, 1]
+
+
+def test_label_names_and_pairs(write):
+    train = write("train.csv", "premise,hypothesis,gold\na,b,yes\nc,d,no\ne,f,maybe\n")
+    dev = write("dev.csv", "premise,hypothesis,gold\na,b,no\n")
+    task, data = load_files(None, {"train": train, "validation": dev}, None, "gold", ["train", "validation"])
+    assert (task.texts, task.labels) == (("premise", "hypothesis"), ("maybe", "no", "yes"))
+    assert list(data["train"]["label"]) == [2, 1, 0]
+    assert list(data["validation"]["label"]) == [1]
+
+
+def test_fractions_mean_regression(write):
+    task, data = load_files(None, {"train": write("a.csv", "text,label\na,0.5\nb,2\n")}, None, "label", ["train"])
+    assert task.is_regression and task.metrics == ("pearson", "spearmanr")
+    assert list(data["train"]["label"]) == [0.5, 2.0]
+
+
+def test_files_for_a_glue_task(write):
+    files = {"train": write("a.csv", "sentence,label\na,0\nb,1\n")}
+    task, _ = load_files(get_task("cola"), files, None, "label", ["train"])
+    assert task == get_task("cola")
+    files = {"train": write("b.csv", "sentence,label\na,0\nb,2\n")}
+    with pytest.raises(ValueError, match=r"row 1 .* label 2.*0 to 1"):
+        load_files(get_task("cola"), files, None, "label", ["train"])
+
+
+@pytest.mark.parametrize(
+    ("train", "dev", "texts", "label", "message"),
+    [
+        (CSV, "text,label\na,2\n", None, "label", r"row 0 of split 'validation' has label -1.*'0', '1'"),
+        (CSV, CSV, ["sentence"], "label", r"no column \['sentence'\], only \['text', 'label'\]"),
+        (CSV, CSV, None, "gold", r"no column \['gold'\]"),
+        (CSV, "text\na\n", None, "label", r"validation_file=.*no column \['label'\]"),
+        ("text,label\na,\nb,\n", CSV, None, "label", "missing"),
+        ("a,b,c,label\nx,y,z,1\n", CSV, None, "label", "text_column_names is not set"),
+    ],
+)
+def test_bad_files(write, train, dev, texts, label, message):
+    files = {"train": write("train.csv", train), "validation": write("dev.csv", dev)}
+    with pytest.raises(ValueError, match=message):
+        load_files(None, files, texts, label, ["train", "validation"])
+
+
+def test_missing_files(write):
+    with pytest.raises(FileNotFoundError, match=r"train_file='nowhere.csv'"):
+        load_files(None, {"train": "nowhere.csv"}, None, "label", ["train"])
+    with pytest.raises(ValueError, match=r"must end in one of .csv"):
+        load_files(None, {"train": write("a.txt", CSV)}, None, "label", ["train"])
+    with pytest.raises(ValueError, match="no split 'validation'"):
+        load_files(None, {"train": write("a.csv", CSV)}, None, "label", ["train", "validation"])
+    with pytest.raises(ValueError, match="train_file is not set"):
+        load_files(None, {"test": write("a.csv", CSV)}, None, "label", ["test"])
+
+
+def test_paths_inside_packages():
+    assert resolve_path("somewhere/else") == "somewhere/else"
+    assert resolve_path("pip:pytest/__init__.py") == pytest.__file__
+    with pytest.raises(FileNotFoundError, match="'no_such_package' is not installed"):
+        resolve_path("pip:no_such_package/x")
+    with pytest.raises(FileNotFoundError, match="has no 'nowhere'"):
+        resolve_path("pip:pytest/nowhere")

