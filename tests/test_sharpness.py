@@ -26,7 +26,7 @@ def test_equals_the_definition():
         for p, g in zip(model.parameters(), gradients, strict=True):
             p.data += 0.1 * g / norm
         gaps.append((model(**batch).loss - clean).item())
-        torch.nn.utils.vector_to_parameters(before, model.parameters())
+        torch.nn.utils.vector_to_parameters(before.clone(), model.parameters())
     assert got == pytest.approx(sum(gaps) / 2, rel=1e-10)
     assert got == pytest.approx(sam_gap(model, batches(), rho=0.1), rel=1e-12)  # no randomness
     assert got < sam_gap(model, batches(), rho=0.2)

@@ -37,6 +37,9 @@ class ModelArguments:
     tokenizer_name: str | None = field(default=None, metadata={"help": "Its tokenizer, if it lies elsewhere."})
     cache_dir: str | None = field(default=None, metadata={"help": "Where to keep what is downloaded."})
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model."})
+    ignore_mismatched_sizes: bool = field(
+        default=False, metadata={"help": "Replace a head whose number of labels is not the task's by a new one."}
+    )
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Run code from the model's repository. Only for repositories you have read."}
     )
@@ -276,7 +279,10 @@ def _load_model(model_args: ModelArguments, task: Task):
         config.id2label = dict(enumerate(labels))
         config.label2id = {name: i for i, name in enumerate(labels)}
     tokenizer = AutoTokenizer.from_pretrained(resolve_path(model_args.tokenizer_name or path), **common)
-    return AutoModelForSequenceClassification.from_pretrained(path, config=config, **common), tokenizer
+    model = AutoModelForSequenceClassification.from_pretrained(
+        path, config=config, ignore_mismatched_sizes=model_args.ignore_mismatched_sizes, **common
+    )
+    return model, tokenizer
 
 
 def _tokenize(

