@@ -54,7 +54,9 @@ class SharpnessAwareTrainerMixin:
         self._perturbation: Perturbation | None = None
         self._radii: list[float] = []  # one for each parameter group, fixed when training starts
         self._window_size = 0
+        self._last_logged_step = 0
         self._forget_window()
+        self._forget_losses()
         super().__init__(model, args, *more, **kwargs)
 
     # ---- the optimizer and the radius ----
@@ -162,8 +164,8 @@ class SharpnessAwareTrainerMixin:
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """As in Transformers, with the ``sam_*`` values beside a training loss."""
-        if "loss" in logs and self._grad_norm is not None:
-            steps = self.state.global_step - self._last_logged_step
+        steps = self.state.global_step - self._last_logged_step
+        if "loss" in logs and self._grad_norm is not None and steps > 0:
             logs["sam_loss"] = float(self._sam_loss) / steps
             logs["sam_gap"] = float(self._sam_loss - self._clean_loss) / steps
             logs["sam_grad_norm"] = float(self._grad_norm)

@@ -9,11 +9,20 @@ from adasam_hf.glue.run import main
 
 # task: (metric, what the majority class or a constant scores on the validation set, extra flags)
 CASES = {
-    "cola": ("eval_matthews_correlation", 0.0, ["--max_seq_length=32"]),
+    # CoLA's training rows are sorted by publication, so that a few hundred of them teach little.
+    "cola": (
+        "eval_matthews_correlation",
+        0.0,
+        ["--max_seq_length=32", "--max_train_samples=4000", "--per_device_train_batch_size=32", "--num_train_epochs=2"],
+    ),
     "sst2": ("eval_accuracy", 0.5092, ["--max_seq_length=48"]),
     "mrpc": ("eval_accuracy", 0.6838, ["--max_seq_length=64"]),
     "stsb": ("eval_pearson", 0.0, ["--max_seq_length=48"]),
-    "rte": ("eval_accuracy", 0.5271, ["--max_seq_length=96"]),
+    "rte": (
+        "eval_accuracy",
+        0.5271,
+        ["--max_seq_length=64", "--max_train_samples=2490", "--per_device_train_batch_size=32", "--learning_rate=3e-4"],
+    ),
 }
 
 
@@ -33,11 +42,10 @@ def test_ends_above_the_baseline(glue_snapshot, tmp_path, task):
                 "--do_train",
                 "--do_eval",
                 "--optim=adasam",
-                "--sam_rho=0.02",
+                "--sam_rho=0.01",
                 "--learning_rate=2e-4",
                 "--warmup_steps=0.1",
                 "--max_train_samples=800",
-                "--max_eval_samples=500",
                 "--num_train_epochs=3",
                 "--per_device_train_batch_size=16",
                 "--per_device_eval_batch_size=32",

@@ -157,7 +157,7 @@ def test_train_evaluate_and_predict_own_files(flags, files, tmp_path):
 
     record = json.loads((out / "record.json").read_text())
     assert record["arguments"]["optim"] == "adasam" and record["arguments"]["train_file"] in files[0]
-    assert record["seed"] == 42 and record["versions"]["torch"] == torch.__version__
+    assert record["seed"] == 42 and torch.__version__.startswith(record["versions"]["torch"])
     assert record["metrics"]["eval_accuracy"] == results["eval_accuracy"]
     assert sum("sam_gap" in entry for entry in record["log_history"]) == trainer.state.global_step == 18
     assert set(record) >= {"commit", "dirty", "hardware", "command"}

@@ -28,9 +28,11 @@ def write_json(path: Path, content: dict) -> None:
 
 def provenance() -> dict:
     """Commit (and whether files differ from it), versions and hardware."""
+    # An installed copy may lie inside the repository of someone else's project.
+    tracked = _git("ls-files", "--error-unmatch", "__init__.py") is not None
     return {
-        "commit": _git("rev-parse", "HEAD"),
-        "dirty": (status := _git("status", "--porcelain")) is not None and status != "",
+        "commit": _git("rev-parse", "HEAD") if tracked else None,
+        "dirty": bool(_git("status", "--porcelain")) if tracked else None,
         "versions": {
             "adasam_hf": adasam_hf.__version__,
             "python": platform.python_version(),
@@ -51,7 +53,7 @@ def write_record(path: Path, trainer: Trainer, arguments: Iterable, metrics: dic
         path,
         {
             **provenance(),
-            "command": ["scripts/run_glue.py", *_without_tokens(sys.argv[1:])],
+            "command": [Path(sys.argv[0]).name, *_without_tokens(sys.argv[1:])],
             "seed": trainer.args.seed,
             "arguments": {k: v for a in arguments for k, v in dataclasses.asdict(a).items()} | trainer.args.to_dict(),
             "metrics": metrics,
