@@ -61,8 +61,9 @@ class AdaSAM(Optimizer):
         eps: ε > 0; ε² must be representable in the dtype of the parameters.
         weight_decay: λ >= 0.
         rho: radius ρ >= 0, in weight units.
-        foreach, fused: force one of torch's implementations; by default the fastest that the parameters
-            allow, i.e. the fused kernel, which reads and writes each tensor once.
+        foreach, fused: choose one of torch's implementations (False alone means the loop, and a tensor lr turns
+            foreach into it); by default the fastest that the parameters allow, i.e. the fused kernel, which
+            reads and writes each tensor once.
 
     The state of a parameter is what `torch.optim.Adam(amsgrad=True)` keeps, under the same names.
 
@@ -231,11 +232,11 @@ def _check_group(group: dict) -> None:
 def _implementation(group: dict, params: list[Tensor]) -> tuple[bool, bool]:
     """(fused, foreach): what the group asks for, otherwise the fastest that its parameters allow."""
     fused, foreach = group["fused"], group["foreach"]
-    if fused is None:
+    if fused is None and foreach is None:
         devices = _get_fused_kernels_supported_devices()
-        fused = not foreach and all(p.device.type in devices for p in params)
-    if foreach is None:
+        fused = all(p.device.type in devices for p in params)
         foreach = not fused
+    fused, foreach = bool(fused), bool(foreach)
     # torch's foreach path refuses a tensor learning rate outside graph capture; its loop takes it.
     return fused, foreach and not isinstance(group["lr"], Tensor)
 

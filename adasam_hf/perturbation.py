@@ -151,17 +151,18 @@ class Perturbation:
 
 def _climb(params: list[Tensor], gradients: list[Tensor], rho: float, norm: Tensor) -> None:
     """params += rho · gradients / norm, or nothing if norm is 0 or not finite, without asking the host."""
-    blocked = ~(torch.isfinite(norm) & (norm > 0))
+    scale = rho / norm  # infinite for a norm of 0, and for one so small that the climb would overflow
+    blocked = ~(torch.isfinite(scale) & torch.isfinite(norm))
     if all(_has_fused_sgd(p) for p in params):
         # One read of p and g and one write of p: SGD's fused kernel with rate -rho/norm, which leaves the
         # weights alone where found_inf is set (a zero scale would not: 0 · inf is NaN).
-        rate = -rho / norm if norm.device.type == "cpu" else (-rho / norm).float()  # the others read a float32
+        rate = -scale if norm.device.type == "cpu" else -scale.float()  # the others read a float32
         sgd(
             params, gradients, [None] * len(params), fused=True, found_inf=blocked.float(), lr=rate,
             weight_decay=0.0, momentum=0.0, dampening=0.0, nesterov=False, maximize=False,
         )  # fmt: skip
     else:
-        scale = torch.where(blocked, 0.0, rho / norm)
+        scale = torch.where(blocked, 0.0, scale)
         for p, g in zip(params, gradients, strict=True):
             p.add_(torch.where(blocked.to(p.device), 0, g) * scale.to(p.device))
 

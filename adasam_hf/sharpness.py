@@ -28,7 +28,7 @@ def sam_gap(model: nn.Module, batches: Iterable[Mapping], rho: float) -> float:
         raise ValueError(f"rho={rho!r} must be > 0: at radius 0 there is no gap; try 0.05")
     perturbation = Perturbation(torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0))
     gaps = []
-    training = model.training
+    training = {module: module.training for module in model.modules()}
     model.eval()
     try:
         for batch in batches:
@@ -38,7 +38,8 @@ def sam_gap(model: nn.Module, batches: Iterable[Mapping], rho: float) -> float:
             with perturbation.perturbed(rho), torch.no_grad():
                 gaps.append(float(model(**batch).loss - loss))
     finally:
-        model.train(training)
+        for module, mode in training.items():
+            module.training = mode
         model.zero_grad()
     if not gaps:
         raise ValueError("batches is empty; give at least one")

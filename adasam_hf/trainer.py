@@ -61,10 +61,10 @@ class SharpnessAwareTrainerMixin:
 
     # ---- the optimizer and the radius ----
 
-    @staticmethod
-    def get_optimizer_cls_and_kwargs(args, model=None) -> tuple[Any, dict[str, Any]]:
+    @classmethod  # static in Transformers; only so can it go on to the class that it is combined with
+    def get_optimizer_cls_and_kwargs(cls, args, model=None) -> tuple[Any, dict[str, Any]]:
         """As in Transformers, with the names of this package. (A plain Trainer does not know them and fails.)"""
-        return args.own_optimizer() or Trainer.get_optimizer_cls_and_kwargs(args.stock(), model)
+        return args.own_optimizer() or super().get_optimizer_cls_and_kwargs(args.stock(), model)
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
         """As in Transformers; refuses what is not supported before anything is wrapped or trained."""
@@ -137,7 +137,11 @@ class SharpnessAwareTrainerMixin:
             # too) belong to the coming update, not to the ascent.
             self._carry = _take_gradients(model)
         self._passes.append((inputs, rng.capture()))
-        loss = super().training_step(model, inputs, *args, **kwargs)
+        try:
+            loss = super().training_step(model, inputs, *args, **kwargs)
+        except BaseException:
+            self._forget_window()  # or a later call by hand would replay this micro-batch
+            raise
         self._clean_loss += loss
         if self.args.sam_scope == "batch" and len(self._passes) < self._window_size:
             return loss

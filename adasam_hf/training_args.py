@@ -107,8 +107,9 @@ class SharpnessAwareArgumentsMixin:
         for name, allowed in (("sam_scope", get_args(Scope)), ("sam_dropout", get_args(Dropout))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(allowed)}")
-        for name, value in (("sgd_momentum", self.sgd_momentum), ("adam_beta2", self.adam_beta2)):
-            if value is not None and not 0.0 <= value < 1.0:
+        for name in ("sgd_momentum", "adam_beta1", "adam_beta2"):
+            value = getattr(self, name)
+            if (value is None and name != "adam_beta2") or (value is not None and not 0.0 <= value < 1.0):
                 raise ValueError(f"{name}={value!r} must be in [0, 1); 0 switches it off")
         if self.adam_epsilon is not None and not 0.0 <= self.adam_epsilon < float("inf"):
             raise ValueError(f"adam_epsilon={self.adam_epsilon!r} must be finite and >= 0; try 1e-6")

@@ -8,6 +8,7 @@ models, records and results.json go to --output_dir.
 import argparse
 import csv
 import itertools
+import math
 import random
 import statistics
 from pathlib import Path
@@ -88,6 +89,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[42])
     parser.add_argument("--sam_rho", type=float, default=0.05, help="AdaSAM's radius, at which sam_gap is taken too")
     args, more = parser.parse_known_args()
+    if not 0 < args.sam_rho < math.inf:
+        parser.error(f"--sam_rho={args.sam_rho} must be a finite number > 0; try 0.05")
 
     files = write_sentences(args.output_dir / "data")
     rows = [

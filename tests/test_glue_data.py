@@ -123,6 +123,15 @@ def test_label_names_and_pairs(write):
     assert list(data["validation"]["label"]) == [1]
 
 
+def test_words_that_look_like_markup_are_text(write):
+    train = write("a.tsv", 'text\tlabel\n"Yes he said\t1\nNA\t0\nnull\t1\n')
+    _, data = load_files(None, {"train": train}, None, "label", ["train"])
+    assert list(data["train"]["text"]) == ['"Yes he said', "NA", "null"]
+    both = write("b.csv", "text,label,stars\na,x,1\nb,y,0\n")
+    _, data = load_files(None, {"train": both}, ["text"], "stars", ["train"])
+    assert list(data["train"]["label"]) == [1, 0]
+
+
 def test_fractions_mean_regression(write):
     task, data = load_files(None, {"train": write("a.csv", "text,label\na,0.5\nb,2\n")}, None, "label", ["train"])
     assert task.is_regression and task.metrics == ("pearson", "spearmanr")
@@ -146,6 +155,9 @@ def test_files_for_a_glue_task(write):
         (CSV, CSV, None, "gold", r"no column \['gold'\]"),
         (CSV, "text\na\n", None, "label", r"validation_file=.*no column \['label'\]"),
         ("text,label\na,\nb,\n", CSV, None, "label", "missing"),
+        ("text,label\na,1\nb,1\n", CSV, None, "label", "one class"),
+        (CSV, "text,label\n,1\n", None, "label", "row 0 of split 'validation' has no text in 'text'"),
+        ("text,label\na,1.5\nb,2\n", "text,label\na,good\n", None, "label", "'good', which is not a finite number"),
         ("a,b,c,label\nx,y,z,1\n", CSV, None, "label", "text_column_names is not set"),
     ],
 )

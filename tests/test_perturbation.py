@@ -117,6 +117,13 @@ def test_no_climb_on_a_zero_or_non_finite_norm(bad, climb):
     assert same(before, params)
 
 
+def test_no_climb_where_it_would_overflow(climb):
+    p = nn.Parameter(torch.ones((), dtype=torch.float32))
+    p.grad = torch.full((), 1e-42)  # ρ/‖s‖ is beyond float32
+    norm = Perturbation(torch.optim.SGD([p], lr=0.1)).ascend(0.1)
+    assert norm.item() > 0 and p.item() == 1.0
+
+
 def test_what_has_no_gradient_or_no_radius_is_untouched(climb):
     params = parameters()
     params[1].grad = None

@@ -209,6 +209,44 @@ def test_every_task_runs_and_predicts(flags, tmp_path, name):
             assert values <= (set(task.labels) if task.named_labels else {str(i) for i in range(len(task.labels))})
 
 
+def test_both_scores_of_mnli_and_a_head_in_another_order(flags, tiny, tmp_path):
+    task = get_task("mnli")
+    folder = snapshot(tmp_path / "glue", task, labels=[i % 3 for i in range(6)])
+    job = [
+        *flags,
+        "--task_name=mnli",
+        f"--dataset_name_or_path={folder}",
+        f"--cache_dir={tmp_path / 'cache'}",
+        "--do_eval",
+        "--ignore_mismatched_sizes",
+        "--max_eval_samples=4",
+    ]
+    trainer = main(job)
+    results = json.loads((tmp_path / "out" / "all_results.json").read_text())
+    assert results["eval_samples"] == results["eval_samples_mm"] == 4
+    logged = [set(entry) for entry in trainer.state.log_history]
+    assert "eval_mm_accuracy" in logged[0] and "eval_accuracy" in logged[1]  # apart, and the matched one last
+
+    other = BertForSequenceClassification.from_pretrained(tiny, num_labels=3, ignore_mismatched_sizes=True)
+    other.config.id2label = {0: "CONTRADICTION", 1: "NEUTRAL", 2: "ENTAILMENT"}
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="labels in the order"):
+        main([*job, f"--model_name_or_path={tmp_path / 'other'}", f"--tokenizer_name={tiny}"])
+
+
+@pytest.mark.parametrize("rho", ["-1", "0", "nan", "inf"])
+def test_the_quickstart_checks_its_radius_first(rho, tmp_path):
+    words = [
+        sys.executable,
+        str(ROOT / "scripts" / "quickstart.py"),
+        f"--sam_rho={rho}",
+        f"--output_dir={tmp_path / 'q'}",
+    ]
+    done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 2 and "--sam_rho" in done.stderr
+    assert not (tmp_path / "q").exists()
+
+
 def test_scores_do_not_depend_on_how_a_batch_is_split(flags, files, tmp_path):
     """The runs mend what `test_unmended_heads_depend_on_the_split` shows."""
     norms = []

@@ -580,6 +580,31 @@ def test_direct_calls_are_a_window_of_one(build):
     assert loss.item() == pytest.approx(model(**batch).loss.item(), rel=1e-12)
 
 
+def test_a_failed_direct_call_leaves_nothing_behind(build):
+    model = make_model("bert")
+    trainer = build(Sharp, model, optim="adasam")
+    trainer.current_gradient_accumulation_steps = 1
+    batch = {k: torch.stack([r[k] for r in make_rows(4)]) for k in ("input_ids", "labels")}
+    with pytest.raises(IndexError):
+        trainer.training_step(model, {**batch, "labels": torch.full((4,), 7)})
+    assert trainer.training_step(model, batch).item() > 0
+
+
+def test_an_optimizer_of_the_combined_trainer_counts(build):
+    class Own(Trainer):
+        @staticmethod
+        def get_optimizer_cls_and_kwargs(args, model=None):
+            return torch.optim.RMSprop, {"lr": args.learning_rate}
+
+    class Combined(SharpnessAwareTrainerMixin, Own):
+        pass
+
+    trainer = build(Combined, make_model("bert"), sam_rho=0.05)
+    trainer.train()
+    assert type(trainer.optimizer.optimizer) is torch.optim.RMSprop
+    assert trainer.state.log_history[0]["sam_rho"] == 0.05
+
+
 def test_flops_count_both_passes(build):
     totals = [
         (t := build(kind, make_model("bert"), **more), t.train(), t.state.total_flos)[-1]

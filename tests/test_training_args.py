@@ -152,6 +152,8 @@ def test_set_optimizer(make):
         ("sam_scope", "epoch", "batch, microbatch"),
         ("sam_dropout", "none", "same, fresh"),
         ("sgd_momentum", 1.0, r"\[0, 1\)"),
+        ("sgd_momentum", None, r"\[0, 1\)"),
+        ("adam_beta1", 1.5, r"\[0, 1\)"),
         ("adam_beta2", 1.0, r"\[0, 1\)"),
         ("adam_epsilon", -1e-8, ">= 0"),
         ("optim", "adasm", "adasam"),

@@ -1,5 +1,6 @@
 """From a GLUE task or one's own files to checked splits with integer labels."""
 
+import csv
 import math
 from collections.abc import Iterable
 from dataclasses import replace
@@ -74,8 +75,11 @@ def load_files(
             raise FileNotFoundError(f"{split}_file={name!r} does not exist")
         if path.suffix not in FILE_FORMATS:
             raise ValueError(f"{split}_file={name!r} must end in one of {', '.join(FILE_FORMATS)}")
-        separator = {"sep": "\t"} if path.suffix == ".tsv" else {}
-        data[split] = load_dataset(FILE_FORMATS[path.suffix], data_files=str(path), split="train", **separator)
+        # "NA" and "null" are words; and in a TSV, as GLUE has them, so is a quotation mark.
+        options = {"keep_default_na": False, "na_values": [""]} if FILE_FORMATS[path.suffix] == "csv" else {}
+        if path.suffix == ".tsv":
+            options |= {"sep": "\t", "quoting": csv.QUOTE_NONE}
+        data[split] = load_dataset(FILE_FORMATS[path.suffix], data_files=str(path), split="train", **options)
     if "train" not in data:
         raise ValueError("train_file is not set, and it defines the labels; pass it also where nothing is trained")
 
@@ -102,11 +106,11 @@ def _is_text(feature) -> bool:
 
 
 def _named_label(rows: Dataset, label_column: str) -> Dataset:
-    return (
-        rows
-        if label_column == "label" or label_column not in rows.column_names
-        else rows.rename_column(label_column, "label")
-    )
+    if label_column == "label" or label_column not in rows.column_names:
+        return rows
+    if "label" in rows.column_names:
+        rows = rows.remove_columns("label")
+    return rows.rename_column(label_column, "label")
 
 
 def _infer_task(train: Dataset, texts: tuple[str, ...]) -> Task:
@@ -117,6 +121,8 @@ def _infer_task(train: Dataset, texts: tuple[str, ...]) -> Task:
         labels, metrics = (), ("pearson", "spearmanr")
     else:
         labels, metrics = tuple(str(v) for v in sorted(values)), ("accuracy",)
+        if len(labels) < 2:
+            raise ValueError(f"all training labels are {labels[0]!r}; there is nothing to learn from one class")
     return Task("custom", texts, labels, metrics, (("test", "predictions.tsv"),), named_labels=True)
 
 
@@ -137,6 +143,9 @@ def _checked(data: DatasetDict, task: Task, splits: Iterable[str], where: str) -
         rows = data[split]
         if missing := set(task.texts) - set(rows.column_names):
             raise ValueError(f"{where}: split {split!r} has no column {sorted(missing)}, only {rows.column_names}")
+        for column in task.texts:
+            if None in (texts := rows[column][:]):
+                raise ValueError(f"{where}: row {texts.index(None)} of split {split!r} has no text in {column!r}")
         if split.startswith("test"):
             continue  # GLUE hides these labels; they are never read
         if len(rows) == 0:
@@ -146,7 +155,7 @@ def _checked(data: DatasetDict, task: Task, splits: Iterable[str], where: str) -
             raise ValueError(f"{where}: labels {names} in split {split!r} are not those of the task, {task.labels}")
         for row, label in enumerate(rows["label"]):
             if task.is_regression:
-                fine = label is not None and math.isfinite(label)
+                fine = isinstance(label, (int, float)) and math.isfinite(label)
                 expected = "a finite number"
             else:
                 fine = isinstance(label, int) and 0 <= label < len(task.labels)

@@ -158,8 +158,8 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: GlueTraining
     trainer = AdaSAMTrainer(
         model=model,
         args=args,
-        train_dataset=_head(data["train"], data_args.max_train_samples) if args.do_train else None,
-        eval_dataset=_head(data[task.evaluations[0][0]], data_args.max_eval_samples) if args.do_eval else None,
+        train_dataset=data["train"] if args.do_train else None,
+        eval_dataset=data[task.evaluations[0][0]] if args.do_eval else None,
         processing_class=tokenizer,
         data_collator=DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8),
         compute_metrics=make_compute_metrics(task.metrics, task.is_regression),
@@ -178,17 +178,18 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: GlueTraining
         trainer.save_state()
     if args.do_eval:
         scores: dict[str, float] = {}
-        for split, suffix in task.evaluations:
-            rows = _head(data[split], data_args.max_eval_samples)
-            found = trainer.evaluate(rows)
-            scores |= {name if name == "epoch" else name + suffix: value for name, value in found.items()}
-            scores[f"eval_samples{suffix}"] = len(rows)
+        for split, suffix in reversed(task.evaluations):  # the main one last: the model card shows the last
+            found = trainer.evaluate(data[split], metric_key_prefix=f"eval{suffix}")
+            scores |= {
+                name.replace(f"eval{suffix}_", "eval_") + suffix: v for name, v in found.items() if name != "epoch"
+            }
+            scores[f"eval_samples{suffix}"] = len(data[split])
         trainer.log_metrics("eval", scores)
         trainer.save_metrics("eval", scores)
         metrics |= scores
     if args.do_predict:
         for split, file in task.submissions:
-            rows = _head(data[split], data_args.max_predict_samples)
+            rows = data[split]
             if "label" in rows.column_names:
                 rows = rows.remove_columns("label")  # hidden labels are -1, of which no loss can be taken
             output = trainer.predict(rows, metric_key_prefix="predict").predictions
@@ -220,7 +221,7 @@ def write_submission(path: Path, task: Task, predictions) -> None:
 
 
 def _find_checkpoint(args: GlueTrainingArguments) -> str | None:
-    """The checkpoint to go on from. Refuses to write a new run over an old one."""
+    """The checkpoint to go on from. Refuses to start anew over the checkpoints of an old run."""
     asked = args.resume_from_checkpoint
     last = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
     if not args.do_train:
@@ -253,10 +254,16 @@ def _load_data(
     evaluations = ["validation"] if in_files or task is None else [split for split, _ in task.evaluations]
     tests = ["test"] if in_files or task is None else [split for split, _ in task.submissions]
     splits = ["train"] * args.do_train + evaluations * args.do_eval + tests * args.do_predict
-    if not in_files:
-        return task, load_task(task, data_args.dataset_name_or_path, splits, model_args.cache_dir, args.hub_token)
-    texts = [name.strip() for name in data_args.text_column_names.split(",")] if data_args.text_column_names else None
-    return load_files(task, files, texts, data_args.label_column_name, splits)
+    if in_files:
+        names = data_args.text_column_names
+        texts = [name.strip() for name in names.split(",")] if names else None
+        task, data = load_files(task, files, texts, data_args.label_column_name, splits)
+    else:
+        data = load_task(task, data_args.dataset_name_or_path, splits, model_args.cache_dir, args.hub_token)
+    # Only what is used is tokenized.
+    counts = {"train": data_args.max_train_samples, **dict.fromkeys(evaluations, data_args.max_eval_samples)}
+    counts |= dict.fromkeys(tests, data_args.max_predict_samples)
+    return task, DatasetDict({split: _head(data[split], counts[split]) for split in splits})
 
 
 def _load_model(model_args: ModelArguments, task: Task):
@@ -269,6 +276,12 @@ def _load_model(model_args: ModelArguments, task: Task):
         "trust_remote_code": model_args.trust_remote_code,
     }
     labels = list(task.labels)
+    found = [name.lower() for _, name in sorted(AutoConfig.from_pretrained(path, **common).id2label.items())]
+    if found != labels and sorted(found) == sorted(labels):
+        raise ValueError(
+            f"model_name_or_path={model_args.model_name_or_path!r} has a head with labels in the order {found}, the "
+            f"task has {labels}: scores would be wrong; start from the model without that head"
+        )
     config = AutoConfig.from_pretrained(
         path,
         num_labels=max(len(labels), 1),
