@@ -333,7 +333,7 @@ def test_help():
 
 @pytest.mark.slow
 def test_two_processes_are_refused_when_sharpness_aware(flags, files):
-    launcher = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0")
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone")
     job = [*flags, *files, "--do_train", "--max_steps=2", "--ddp_backend=gloo"]
     refused = program(*job, launcher=launcher)
     assert refused.returncode != 0
