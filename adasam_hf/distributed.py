@@ -1,33 +1,71 @@
 """Which ways of spreading a run over devices the two-pass step supports. What is not shown to work is refused."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 from accelerate.utils import DistributedType
+from torch import nn
 from transformers import Trainer
 
-_ONE_PROCESS = "run it in one process on one device"
+_DDP = "use DistributedDataParallel (torchrun), or FSDP2 if the model is too large for it"
+# One process, and the kinds that Accelerate wraps in DistributedDataParallel.
+_REPLICATED = {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU}
+
+
+def climbs_locally(trainer: Trainer) -> bool:
+    """Whether each process climbs its own gradient, so that the ascent's needs no averaging."""
+    return trainer.args.sam_scope == "microbatch" or not trainer.args.sam_sync
+
+
+def unsynced(trainer: Trainer, model: nn.Module) -> AbstractContextManager:
+    """Inside it backward leaves gradients on their process, as during accumulation.
+
+    As there, Accelerate's ``sync_each_batch`` (less memory with FSDP2, more traffic) has the last word.
+    """
+    if trainer.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False):
+        return nullcontext()
+    return trainer.accelerator.no_sync(model)
 
 
 def _obstacle(trainer: Trainer) -> tuple[str, str] | None:
     """(what stands in the way, what to do instead), or None."""
     args, accelerator = trainer.args, trainer.accelerator
     kind = accelerator.distributed_type
-    if kind is DistributedType.DEEPSPEED:
-        return "DeepSpeed, whose engine updates the weights inside backward", _ONE_PROCESS
-    if kind is not DistributedType.NO or args.world_size > 1:
-        return f"{args.world_size} processes ({kind.value})", _ONE_PROCESS
-    if args.n_gpu > 1:
-        return f"torch.nn.DataParallel over {args.n_gpu} devices", "show it one device (CUDA_VISIBLE_DEVICES=0)"
-    if trainer.is_model_parallel or getattr(trainer, "is_distributed_loading_by_transformers", False):
-        return "a model spread over several devices", "load it on one device (without device_map)"
-    if accelerator.scaler is not None:
-        return "fp16 with a gradient scaler", "use bf16=True, or float32"
+    local = climbs_locally(trainer)
     name = str(getattr(args.optim, "value", args.optim))
     if "lomo" in name or "layerwise" in name:
         return f"optim={name!r}, which updates the weights inside backward", "choose another optimizer"
+    if kind is DistributedType.DEEPSPEED:
+        return "DeepSpeed, whose engine updates the weights inside backward", _DDP
+    if getattr(trainer, "is_distributed_loading_by_transformers", False):
+        return "a model sharded when it was loaded (distributed_config)", _DDP
+    if trainer.is_model_parallel:
+        return "a model spread over several devices", "load it on one device (without device_map), or " + _DDP
+    if parallelism := getattr(accelerator, "parallelism_config", None):
+        for kind_of, flag in (("tensor", "tp"), ("context", "cp"), ("sequence", "sp")):
+            if getattr(parallelism, f"{flag}_enabled", False):
+                return f"{kind_of} parallelism", _DDP
+    if args.n_gpu > 1:
+        return (
+            f"torch.nn.DataParallel over {args.n_gpu} devices",
+            "start it with torchrun, or show it one device (CUDA_VISIBLE_DEVICES=0)",
+        )
+    if kind is DistributedType.FSDP:
+        if not accelerator.is_fsdp2:
+            return "FSDP version 1", "use version 2 (fsdp_config={'version': 2}), or DistributedDataParallel"
+        if local:
+            return "FSDP2 and a local ascent, which it does not hand out", "use sam_scope='batch' with sam_sync=True"
+    elif kind not in _REPLICATED:
+        return f"{args.world_size} processes ({kind.value})", _DDP
+    elif args.world_size > 1 and args.ddp_static_graph and (local or args.gradient_accumulation_steps > 1):
+        return (
+            "ddp_static_graph and backward passes without synchronization",
+            "leave ddp_static_graph unset, or use sam_scope='batch' with sam_sync=True without accumulation",
+        )
     return None
 
 
 def refuse_unsupported(trainer: Trainer) -> None:
-    """Raise NotImplementedError if a sharpness-aware `trainer` runs on something that is not supported yet."""
+    """Raise NotImplementedError if a sharpness-aware `trainer` runs on something that is not supported."""
     if obstacle := _obstacle(trainer):
         problem, remedy = obstacle
         raise NotImplementedError(

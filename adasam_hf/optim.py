@@ -10,7 +10,7 @@ from torch.optim.adam import adam
 from torch.optim.optimizer import Optimizer
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
-from .perturbation import Perturbation, check_radius
+from .perturbation import Perturbation, check_radius, local
 
 STATE_KEYS = {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"}
 
@@ -166,11 +166,13 @@ class AdaSAM(Optimizer):
         for p in params:
             if not self.state[p]:
                 self._init_state(p, group["eps"])
-        states = [self.state[p] for p in params]
+        # The update is elementwise, so that each shard of a sharded parameter needs no other.
+        states = [{name: local(value) for name, value in self.state[p].items()} for p in params]
+        gradients, params = [local(p.grad) for p in params], [local(p) for p in params]
         fused, foreach = _implementation(group, params)
         adam(
             params,
-            [p.grad for p in params],
+            gradients,
             [s["exp_avg"] for s in states],
             [s["exp_avg_sq"] for s in states],
             [s["max_exp_avg_sq"] for s in states],

@@ -12,17 +12,45 @@ from torch import Tensor
 from torch.optim.sgd import sgd
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
+if torch.distributed.is_available():
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+else:
+    DTensor = ()  # of which nothing is an instance
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+def local(t: Tensor) -> Tensor:
+    """The shard of a `DTensor` that lies here, sharing its memory; any other tensor as it is."""
+    return t.to_local() if isinstance(t, DTensor) else t
+
 
 def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
-    """Global L2 norm √(Σ‖gᵢ‖²) over tensors of any shapes.
+    """Global L2 norm √(Σ‖gᵢ‖²) over tensors of any shapes, sharded ones (`DTensor`) included.
 
     Accumulated in float32 (float64 if any gradient is float64): the norm of half-precision
-    gradients is inaccurate or infinite in their own dtype.
+    gradients is inaccurate or infinite in their own dtype. Sharded gradients cost one all-reduce of one number
+    for each way of sharding among them.
 
     Returns: a 0-d tensor on the device of the first gradient; the host does not wait for it.
     """
     wide = any(g.dtype == torch.float64 for g in gradients)
-    norms = torch._foreach_norm(gradients, 2.0, dtype=torch.float64 if wide else torch.float32)
+    layouts: dict[tuple | None, list[Tensor]] = {}
+    for g in gradients:
+        layout = (g.device_mesh, g.placements) if isinstance(g, DTensor) else None
+        layouts.setdefault(layout, []).append(local(g))
+    norms = []
+    for layout, shards in layouts.items():
+        parts = torch._foreach_norm(shards, 2.0, dtype=torch.float64 if wide else torch.float32)
+        norm = torch.linalg.vector_norm(torch.stack([n.to(parts[0].device, non_blocking=True) for n in parts]))
+        if layout is not None:
+            mesh, placements = layout
+            parted = [Replicate() if placement.is_replicate() else Partial("sum") for placement in placements]
+            square = DTensor.from_local(norm.double().square(), mesh, parted, run_check=False)
+            norm = square.full_tensor().sqrt().to(norm.dtype)
+        norms.append(norm)
+    if len(norms) == 1:
+        return norms[0]
     return torch.linalg.vector_norm(torch.stack([n.to(norms[0].device, non_blocking=True) for n in norms]))
 
 
@@ -50,6 +78,8 @@ class Perturbation:
       still counts in the norm.
     - If ‖s‖ is 0 or not finite nothing moves.
     - No host–device synchronization. On devices without torch's fused kernels the climb is a loop.
+    - Sharded parameters (`DTensor`, as FSDP2 makes them) move shard by shard along one direction with one norm.
+    - Half-precision weights round part of δ away; `applied` says what is left of it.
     - The saved weights live here (one copy of the climbing parameters, kept between steps), never in
       ``optimizer.state``. Groups are read at each ascent, so new or replaced groups are seen.
 
@@ -61,6 +91,10 @@ class Perturbation:
         self.optimizer = optimizer
         self._buffers: dict[Tensor, Tensor] = {}
         self._saved: tuple[list[Tensor], list[Tensor]] | None = None
+        self.applied: Tensor | None = None
+        """Share of the last δ that survived rounding, ⟨δ', δ⟩/‖δ‖² over what moved here, where δ' is what the
+        weights really moved by. 0-d, 1 if nothing was to move; None unless some of it is float16 or bfloat16
+        (in float32 it is 1 to rounding)."""
 
     @property
     def active(self) -> bool:
@@ -99,15 +133,20 @@ class Perturbation:
             raise RuntimeError("sparse gradients have no ascent; use dense ones (nn.Embedding(..., sparse=False))")
 
         norm = gradient_norm(gradients)
-        moving = [p for params, radius in climbs if radius > 0 for p in params]
-        saved = [self._buffer(p) for p in moving]
+        saved = [self._buffer(p) for params, radius in climbs if radius > 0 for p in params]
+        shards = [
+            (list(map(local, params)), [local(p.grad) for p in params], radius)
+            for params, radius in climbs
+            if params and radius > 0
+        ]
+        moving = [p for params, _, _ in shards for p in params]
         if moving:
             torch._foreach_copy_(saved, moving)
         # Complete before the first change, so that an interrupt anywhere from here on can be undone.
         self._saved = (moving, saved)
-        for params, radius in climbs:
-            if params and radius > 0:
-                _climb(params, [p.grad for p in params], radius, norm)
+        for params, gradients, radius in shards:
+            _climb(params, gradients, radius, norm)
+        self.applied = _applied(shards, saved, norm) if any(p.dtype in HALF for p in moving) else None
         for params, _ in climbs:
             for p in params:
                 p.grad = None
@@ -143,9 +182,9 @@ class Perturbation:
         self._buffers.clear()
 
     def _buffer(self, p: Tensor) -> Tensor:
-        buffer = self._buffers.get(p)
-        if buffer is None or buffer.shape != p.shape or buffer.dtype != p.dtype or buffer.device != p.device:
-            buffer = self._buffers[p] = torch.empty_like(p, requires_grad=False)
+        buffer, shard = self._buffers.get(p), local(p)
+        if buffer is None or any(getattr(buffer, a) != getattr(shard, a) for a in ("shape", "dtype", "device")):
+            buffer = self._buffers[p] = torch.empty_like(shard, requires_grad=False)
         return buffer
 
 
@@ -165,6 +204,19 @@ def _climb(params: list[Tensor], gradients: list[Tensor], rho: float, norm: Tens
         scale = torch.where(blocked, 0.0, scale)
         for p, g in zip(params, gradients, strict=True):
             p.add_(torch.where(blocked.to(p.device), 0, g) * scale.to(p.device))
+
+
+def _applied(shards: list[tuple[list[Tensor], list[Tensor], float]], saved: list[Tensor], norm: Tensor) -> Tensor:
+    """⟨δ', δ⟩/‖δ‖² with δ' = what the parameters moved by and δ = radius · gradient / norm."""
+    before = iter(saved)
+    moved = wanted = torch.zeros((), dtype=torch.float64 if norm.device.type == "cpu" else torch.float32)
+    for params, gradients, radius in shards:
+        for p, g in zip(params, gradients, strict=True):
+            delta = g.float() * (radius / norm).to(g.device)
+            moved = moved + ((p.float() - next(before).float()) * delta).sum().to(moved.device, non_blocking=True)
+            wanted = wanted + delta.square().sum().to(moved.device, non_blocking=True)
+    share = moved / wanted
+    return torch.where(torch.isfinite(share), share, 1.0)  # nothing was to move, so nothing was lost
 
 
 def _has_fused_sgd(p: Tensor) -> bool:

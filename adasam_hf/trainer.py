@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer
 from transformers.utils import logging
 
-from . import rng
-from .distributed import refuse_unsupported
+from . import doctor, rng, running_stats
+from .distributed import climbs_locally, refuse_unsupported, unsynced
 from .optim import AdaSAM
 from .perturbation import Perturbation
 from .training_args import RADIUS_ZERO, SGD_NAMES, SharpnessAwareArgumentsMixin
@@ -34,11 +34,17 @@ class SharpnessAwareTrainerMixin:
     In scope ``batch`` steps 2–4 happen inside the call for the last micro-batch and use the gradient of the whole
     window, so k micro-batches equal one k times larger batch; in scope ``microbatch`` each call does them for its own
     micro-batch (m-sharpness, arXiv:2010.01412). Either way the weights are away from w only inside one call:
-    callbacks, evaluations and checkpoints see w. With radius 0 nothing is added and a stock run results, bit for bit.
+    callbacks, evaluations and checkpoints see w. BatchNorm's running statistics move at w only. With radius 0 nothing
+    is added and a stock run results, bit for bit.
+
+    With several processes s is averaged over them (``sam_sync``), so that the run follows one process with the same
+    global batch; in scope ``microbatch``, or with ``sam_sync=False``, each process climbs its own and the ascent has no
+    gradient traffic. g is averaged as ever, so that the processes' weights stay the same bits.
 
     The radius is ``args.sam_rho``; unset, it is that of the `AdaSAM` instance in use, 0.05 for ``optim="sam"`` and 0
     for all else. Logged beside the loss at w: ``sam_loss`` (at w + δ), ``sam_gap`` (their difference),
-    ``sam_grad_norm`` (‖s‖₂ of the last step) and ``sam_rho``.
+    ``sam_grad_norm`` (‖s‖₂ of the last step; the processes' mean of it, where each climbs its own), ``sam_rho`` and, if
+    weights are float16 or bfloat16, ``sam_applied``: the share of the perturbation that rounding left over.
 
     Raises:
         TypeError: if `args` lacks the sharpness-aware arguments.
@@ -55,6 +61,7 @@ class SharpnessAwareTrainerMixin:
         self._radii: list[float] = []  # one for each parameter group, fixed when training starts
         self._window_size = 0
         self._last_logged_step = 0
+        self._watch = doctor.Watch()
         self._forget_window()
         self._forget_losses()
         super().__init__(model, args, *more, **kwargs)
@@ -100,6 +107,9 @@ class SharpnessAwareTrainerMixin:
                     f"betas={adasam.param_groups[0]['betas']} without warm-up: AdaSAM has no bias correction, so its "
                     "first steps are several times the learning rate; use adam_beta2=0.98 or warmup_steps"
                 )
+        self._watch = doctor.Watch()
+        if self.is_world_process_zero():
+            doctor.logger.warning_advice(doctor.describe(self, self._radii))
 
     # ---- the two passes ----
 
@@ -138,7 +148,8 @@ class SharpnessAwareTrainerMixin:
             self._carry = _take_gradients(model)
         self._passes.append((inputs, rng.capture()))
         try:
-            loss = super().training_step(model, inputs, *args, **kwargs)
+            with unsynced(self, model) if climbs_locally(self) else nullcontext():
+                loss = super().training_step(model, inputs, *args, **kwargs)
         except BaseException:
             self._forget_window()  # or a later call by hand would replay this micro-batch
             raise
@@ -148,11 +159,21 @@ class SharpnessAwareTrainerMixin:
 
         passes, carry = self._passes, self._carry
         self._forget_window()
-        with self._perturbation.perturbed(self._radii) as self._grad_norm:
+        with running_stats.kept(model), self._perturbation.perturbed(self._radii) as norm:
             _give_gradients(model, carry)
-            for micro_batch, state in passes:
-                with rng.replay(state) if self.args.sam_dropout == "same" else nullcontext():
+            for i, (micro_batch, state) in enumerate(passes, 1):
+                # The last backward sends the whole window's gradient, as in stock.
+                with (
+                    nullcontext() if i == len(passes) else unsynced(self, model),
+                    rng.replay(state) if self.args.sam_dropout == "same" else nullcontext(),
+                ):
                     self._sam_loss += super().training_step(model, micro_batch, *args, **kwargs)
+        if (scaler := self.accelerator.scaler) is not None:
+            norm = norm / scaler.scale(torch.ones_like(norm))
+        self._grad_norm = norm
+        if self._perturbation.applied is not None:
+            self._applied += self._perturbation.applied
+        self._climbs += 1
         return loss
 
     def _forget_window(self) -> None:
@@ -164,16 +185,23 @@ class SharpnessAwareTrainerMixin:
     def _forget_losses(self) -> None:
         self._clean_loss: float | Tensor = 0.0
         self._sam_loss: float | Tensor = 0.0
+        self._applied: float | Tensor = 0.0
+        self._climbs = 0
         self._grad_norm: Tensor | None = None
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """As in Transformers, with the ``sam_*`` values beside a training loss."""
         steps = self.state.global_step - self._last_logged_step
         if "loss" in logs and self._grad_norm is not None and steps > 0:
-            logs["sam_loss"] = float(self._sam_loss) / steps
-            logs["sam_gap"] = float(self._sam_loss - self._clean_loss) / steps
-            logs["sam_grad_norm"] = float(self._grad_norm)
+            values = [self._sam_loss / steps, (self._sam_loss - self._clean_loss) / steps, self._grad_norm]
+            if self._perturbation.applied is not None:
+                values.append(self._applied / self._climbs)
+            # All processes are here, as for the mean of `loss` that the Trainer has just taken.
+            values = torch.stack([v.float().to(self.args.device) for v in values])
+            values = self.accelerator.reduce(values, "mean").tolist()
+            logs |= dict(zip(("sam_loss", "sam_gap", "sam_grad_norm", "sam_applied"), values, strict=False))
             logs["sam_rho"] = max(self._radii)
+            self._watch(logs, steps)
             self._last_logged_step = self.state.global_step
             self._forget_losses()
         super().log(logs, *args, **kwargs)

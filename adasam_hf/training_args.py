@@ -65,6 +65,14 @@ class SharpnessAwareArgumentsMixin:
             "micro-batch's own (microbatch, m-sharpness)."
         },
     )
+    sam_sync: bool = field(
+        default=True,
+        metadata={
+            "help": "With several processes in scope batch: average the ascent gradient over them, so that the run "
+            "follows one process with the same global batch; --no_sam_sync: each climbs its own, without gradient "
+            "traffic in the first pass. In scope microbatch it never travels."
+        },
+    )
     sam_dropout: Dropout = field(
         default="same", metadata={"help": "Dropout masks of the second pass: the same as in the first, or fresh."}
     )

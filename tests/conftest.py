@@ -3,6 +3,7 @@ import os
 # Before anything of Hugging Face is imported: tests reach no hub and read nothing from the user's settings.
 os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
 
+import json
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,31 @@ SIZE = {
     "max_position_embeddings": 20,
     "num_labels": 3,
 }
+
+
+def pytest_addoption(parser):
+    parser.addoption("--compat", metavar="FILE", help="write what the tests with the marker `compat` show, as JSON")
+
+
+def pytest_configure(config):
+    config.compat = []
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    if report.when == "call" or report.outcome == "skipped" or (report.when == "setup" and report.failed):
+        for mark in item.iter_markers("compat"):
+            scope = getattr(item, "callspec", None) and item.callspec.params.get("scope")
+            reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else getattr(report, "wasxfail", "")
+            cell = {"scope": scope, "refused": False, **mark.kwargs, "outcome": report.outcome, "reason": reason}
+            item.config.compat.append({"group": mark.args[0], "what": mark.args[1], "test": item.nodeid, **cell})
+    return report
+
+
+def pytest_sessionfinish(session):
+    if path := session.config.option.compat:
+        Path(path).write_text(json.dumps(session.config.compat, indent=1) + "\n")
 
 
 def pytest_collection_modifyitems(config, items):

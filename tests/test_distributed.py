@@ -10,28 +10,69 @@ from adasam_hf import AdaSAMTrainer, AdaSAMTrainingArguments
 from adasam_hf.distributed import refuse_unsupported
 
 
-def trainer(kind=DistributedType.NO, world_size=1, n_gpu=1, optim="adasam", scaler=None, **flags):
+def trainer(kind=DistributedType.NO, world_size=1, n_gpu=1, fsdp2=False, parallelism=None, loaded=False, **flags):
     """What `refuse_unsupported` reads of a trainer; the hardware is not here."""
+    values = {
+        "optim": "adasam",
+        "sam_rho": 0.05,
+        "sam_scope": "batch",
+        "sam_sync": True,
+        "ddp_static_graph": None,
+        "gradient_accumulation_steps": 1,
+    }
     return SimpleNamespace(
-        args=SimpleNamespace(world_size=world_size, n_gpu=n_gpu, optim=optim, sam_rho=0.05),
-        accelerator=SimpleNamespace(distributed_type=kind, scaler=scaler),
+        args=SimpleNamespace(world_size=world_size, n_gpu=n_gpu, **{**values, **flags}),
+        accelerator=SimpleNamespace(distributed_type=kind, is_fsdp2=fsdp2, parallelism_config=parallelism),
         is_model_parallel=False,
-        **flags,
+        is_distributed_loading_by_transformers=loaded,
     )
+
+
+MANY, FSDP = DistributedType.MULTI_CPU, DistributedType.FSDP
+STATIC = {"kind": MANY, "world_size": 2, "ddp_static_graph": True}
+REFUSED = {
+    "DeepSpeed": ({"kind": DistributedType.DEEPSPEED, "world_size": 2}, "DeepSpeed.*DistributedDataParallel"),
+    "FSDP version 1": ({"kind": FSDP, "world_size": 2}, "FSDP version 1: use version 2"),
+    "FSDP2 in scope microbatch": (
+        {"kind": FSDP, "world_size": 2, "fsdp2": True, "sam_scope": "microbatch"},
+        "FSDP2 and a local ascent.*sam_scope='batch'",
+    ),
+    "FSDP2 with `sam_sync=False`": (
+        {"kind": FSDP, "world_size": 2, "fsdp2": True, "sam_sync": False},
+        "FSDP2 and a local ascent.*sam_sync=True",
+    ),
+    "DDP with `ddp_static_graph` in scope microbatch": ({**STATIC, "sam_scope": "microbatch"}, "ddp_static_graph"),
+    "DDP with `ddp_static_graph` and `sam_sync=False`": ({**STATIC, "sam_sync": False}, "ddp_static_graph"),
+    "DDP with `ddp_static_graph` and accumulation": ({**STATIC, "gradient_accumulation_steps": 2}, "ddp_static_graph"),
+    "tensor parallelism": (
+        {"kind": MANY, "world_size": 2, "parallelism": SimpleNamespace(tp_enabled=True)},
+        "tensor parallelism",
+    ),
+    "context parallelism": (
+        {"kind": FSDP, "fsdp2": True, "world_size": 2, "parallelism": SimpleNamespace(cp_enabled=True)},
+        "context parallelism",
+    ),
+    "sequence parallelism": (
+        {"kind": MANY, "world_size": 2, "parallelism": SimpleNamespace(sp_enabled=True)},
+        "sequence parallelism",
+    ),
+    "a model sharded by `from_pretrained(distributed_config=…)`": (
+        {"kind": MANY, "world_size": 2, "loaded": True},
+        "distributed_config",
+    ),
+    "`torch.nn.DataParallel`": ({"n_gpu": 2}, "DataParallel.*torchrun"),
+    "Megatron-LM": ({"kind": DistributedType.MEGATRON_LM, "world_size": 2}, "MEGATRON_LM"),
+    "XLA": ({"kind": DistributedType.XLA, "world_size": 8}, "XLA"),
+    "LOMO": ({"optim": OptimizerNames.LOMO}, "lomo"),
+    "layer-wise optimizers": ({"optim": OptimizerNames.GALORE_ADAMW_LAYERWISE}, "layerwise"),
+}
 
 
 @pytest.mark.parametrize(
     ("case", "problem"),
     [
-        ({"kind": DistributedType.DEEPSPEED, "world_size": 2}, "DeepSpeed"),
-        ({"kind": DistributedType.MULTI_GPU, "world_size": 2}, r"2 processes \(MULTI_GPU\)"),
-        ({"kind": DistributedType.MULTI_CPU, "world_size": 4}, "4 processes"),
-        ({"kind": DistributedType.FSDP, "world_size": 2}, "FSDP"),
-        ({"n_gpu": 2}, "DataParallel"),
-        ({"is_distributed_loading_by_transformers": True}, "several devices"),
-        ({"scaler": object()}, "fp16"),
-        ({"optim": OptimizerNames.LOMO}, "lomo"),
-        ({"optim": OptimizerNames.GALORE_ADAMW_LAYERWISE}, "layerwise"),
+        pytest.param(case, problem, marks=pytest.mark.compat("Many processes", what, refused=True), id=what)
+        for what, (case, problem) in REFUSED.items()
     ],
 )
 def test_what_is_not_shown_to_work_is_refused(case, problem):
@@ -39,8 +80,18 @@ def test_what_is_not_shown_to_work_is_refused(case, problem):
         refuse_unsupported(trainer(**case))
 
 
-def test_one_process_on_one_device_is_fine():
-    assert refuse_unsupported(trainer()) is None
+@pytest.mark.parametrize(
+    "case",
+    [
+        {},
+        {"kind": MANY, "world_size": 2},
+        {"kind": MANY, "world_size": 2, "sam_scope": "microbatch", "gradient_accumulation_steps": 2},
+        {"kind": FSDP, "world_size": 2, "fsdp2": True, "gradient_accumulation_steps": 2},
+        STATIC,
+    ],
+)
+def test_what_is_shown_to_work_is_not_refused(case):
+    assert refuse_unsupported(trainer(**case)) is None
 
 
 @pytest.mark.parametrize("rho", [0.0, 0.05])
