@@ -1,0 +1,56 @@
+import pytest
+import torch
+from conftest import make_rows
+from distributed.cases import BatchNormed
+from test_trainer import Plain, Sharp, build  # noqa: F401
+from torch import nn
+
+from adasam_hf import running_stats
+
+
+def statistics(model):
+    return {name: b.clone() for name, b in model.named_buffers()}
+
+
+@pytest.mark.parametrize("scope", ["batch", "microbatch"])
+@pytest.mark.compat("Model features", "BatchNorm: running statistics move once per step, at w")
+def test_they_move_as_in_a_plain_run(build, scope):  # noqa: F811
+    """Radius 1e-30 runs all the machinery and moves no weight."""
+    results = []
+    for kind, more in ((Plain, {}), (Sharp, {"sam_rho": 1e-30, "sam_scope": scope})):
+        model = BatchNormed()
+        build(kind, model, make_rows(16), gradient_accumulation_steps=2, mend=False, **more).train()
+        results.append(statistics(model))
+    want, got = results
+    assert want["norm.num_batches_tracked"] == 4
+    assert all(torch.equal(got[name], value) for name, value in want.items())
+
+
+@pytest.mark.parametrize("scope", ["batch", "microbatch"])
+def test_they_come_from_the_clean_pass(build, scope):  # noqa: F811
+    model = BatchNormed()
+    fed = []
+    model.norm.register_forward_pre_hook(lambda _, inputs: fed.append(inputs[0].detach()))
+    build(Sharp, model, make_rows(4), optim="adasam", sam_rho=0.5, sam_scope=scope, mend=False).train()
+    clean, perturbed = fed
+    assert torch.allclose(model.norm.running_mean, 0.1 * clean.mean(0), rtol=1e-12)
+    assert not torch.allclose(model.norm.running_mean, 0.1 * perturbed.mean(0), rtol=1e-3)
+
+
+@pytest.mark.parametrize("layer", [nn.BatchNorm1d(3), nn.InstanceNorm1d(3, track_running_stats=True)])
+def test_kept(layer):
+    x = torch.randn(4, 3, 5)
+    layer(x)
+    before = statistics(layer)
+    with pytest.raises(KeyError), running_stats.kept(layer):
+        y = layer(2 * x)
+        raise KeyError
+    assert before and all(torch.equal(b, before[name]) for name, b in layer.named_buffers())
+    assert torch.allclose(y.mean((0, 2)), torch.zeros(3), atol=1e-6)  # by its own batch, as ever
+    layer(2 * x)
+    assert not torch.equal(layer.running_mean, before["running_mean"])
+
+
+def test_layers_without_statistics_are_left_alone():
+    with running_stats.kept(nn.Sequential(nn.BatchNorm1d(3, track_running_stats=False), nn.LayerNorm(3))) as nothing:
+        assert nothing is None
