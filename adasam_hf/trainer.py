@@ -238,6 +238,8 @@ class SharpnessAwareTrainerMixin:
         entries = {"optimizer": f"{name} ({how})", "sam_rho": max(self._radii, default=args.resolved_rho)}
         if entries["sam_rho"] > 0:
             entries |= {"sam_scope": args.sam_scope, "sam_dropout": args.sam_dropout}
+            if args.world_size > 1:
+                entries["sam_sync"] = not climbs_locally(self)
         return "".join(f"- {key}: {value}\n" for key, value in entries.items())
 
 

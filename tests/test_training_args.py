@@ -24,7 +24,7 @@ def make(tmp_path):
 
 
 def said(args) -> dict:
-    names = ("optim", "adam_beta2", "adam_epsilon", "sgd_momentum", "sam_rho", "sam_scope", "sam_dropout")
+    names = ("optim", "adam_beta2", "adam_epsilon", "sgd_momentum", "sam_rho", "sam_scope", "sam_sync", "sam_dropout")
     return {name: getattr(args, name) for name in names}
 
 
@@ -35,6 +35,7 @@ VALUES = {
     "sgd_momentum": 0.5,
     "sam_rho": 0.02,
     "sam_scope": "microbatch",
+    "sam_sync": False,
     "sam_dropout": "fresh",
 }
 

@@ -1,0 +1,87 @@
+"""Writes the README's compatibility table from the outcomes of the tests that carry the marker `compat`.
+
+    python scripts/compatibility.py            runs those tests (about ten minutes on two cores), then writes
+    python scripts/compatibility.py FILE       reads what `pytest --compat FILE` wrote
+"""
+
+import json
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import accelerate
+import torch
+import transformers
+
+ROOT = Path(__file__).resolve().parents[1]
+BEGIN, END = "<!-- compatibility: made by scripts/compatibility.py -->\n", "<!-- end of compatibility -->\n"
+SCOPES = ("batch", "microbatch")
+ORDER = [
+    "Accumulation",
+    "Precision",
+    "Many processes",
+    "Model features",
+    "Data and loop",
+    "Combinations",
+    "Interruption",
+    "Trainer behaviour",
+    "Hyperparameter search",
+]
+
+
+def run_tests() -> list[dict]:
+    """What the marked tests show on this machine."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "compat.json"
+        words = ["-q", "-m", "compat and (slow or not slow)", "--compat", str(path)]
+        done = subprocess.run([sys.executable, "-m", "pytest", *words], cwd=ROOT)
+        if done.returncode:
+            sys.exit("some of the tests failed; the table is left as it is")
+        return json.loads(path.read_text())
+
+
+def cell(shown: list[dict]) -> str:
+    """One cell from all tests that speak of it."""
+    if not shown:
+        return "not tried"
+    if any(test["outcome"] == "failed" for test in shown):
+        return "**fails**"
+    if skipped := [test for test in shown if test["outcome"] == "skipped"]:
+        return "not tried: " + skipped[0]["reason"].removeprefix("Skipped: ").strip()
+    return "refused with an error" if all(test["refused"] for test in shown) else "works"
+
+
+def render(tests: list[dict]) -> str:
+    """The tables, one for each group. A row without scopes says the same for both."""
+    rows = defaultdict(lambda: defaultdict(list))
+    for test in tests:
+        rows[test["group"]][test["what"]].append(test)
+    unknown = set(rows) - set(ORDER)
+    if unknown:
+        raise ValueError(f"groups {sorted(unknown)} have no place in ORDER")
+    lines = []
+    for group in (g for g in ORDER if g in rows):
+        lines += ["", f"| {group} | scope `batch` | scope `microbatch` | shown by |", "|---|---|---|---|"]
+        for what, shown in rows[group].items():
+            common = [test for test in shown if test["scope"] is None]
+            cells = [cell(common + [test for test in shown if test["scope"] == scope]) for scope in SCOPES]
+            names = sorted({test["test"].split("[")[0] for test in shown})
+            files = ", ".join(f"[`{n.split('::')[-1]}`]({n.split('::')[0]})" for n in names)
+            lines.append(f"| {what} | {cells[0]} | {cells[1]} | {files} |")
+    versions = f"torch {torch.__version__.split('+')[0]}, transformers {transformers.__version__}"
+    total = f"{len({test['test'] for test in tests})} tests, on two CPU cores, {versions}, accelerate"
+    return "\n".join([f"{total} {accelerate.__version__}.", *lines, ""])
+
+
+def write(readme: Path, table: str) -> None:
+    """Put the table between its two marks."""
+    before, rest = readme.read_text(encoding="utf-8").split(BEGIN)
+    after = rest.split(END)[1]
+    readme.write_text(before + BEGIN + "\n" + table + "\n" + END + after, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    results = json.loads(Path(sys.argv[1]).read_text()) if len(sys.argv) > 1 else run_tests()
+    write(ROOT / "README.md", render(results))
