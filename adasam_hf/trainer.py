@@ -6,11 +6,13 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer
 from transformers.utils import logging
 
 from . import doctor, rng, running_stats
+from .checkpoints import last_complete
 from .distributed import climbs_locally, refuse_unsupported, unsynced
 from .optim import AdaSAM
 from .perturbation import Perturbation
@@ -179,6 +181,33 @@ class SharpnessAwareTrainerMixin:
     def _forget_window(self) -> None:
         self._passes: list[tuple[dict[str, Any], rng.RandomState]] = []
         self._carry: dict[nn.Parameter, Tensor] = {}
+
+    # ---- checkpoints ----
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """As in Transformers, but ``True`` passes over checkpoints that a run killed while saving left behind."""
+        if resume_from_checkpoint is True:
+            found = [last_complete(self.args.output_dir) if self.is_world_process_zero() else None]
+            resume_from_checkpoint = broadcast_object_list(found)[0]
+            if resume_from_checkpoint is None:
+                raise ValueError(
+                    f"resume_from_checkpoint=True: output_dir={self.args.output_dir!r} has no checkpoint that was "
+                    "saved to its end; leave it unset to start anew"
+                )
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        try:
+            super()._save_checkpoint(model, trial)
+        except Exception as error:  # of a full disk, most do not say where
+            folder = os.path.join(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
+            error.add_note(f"{folder} is not complete; resume_from_checkpoint=True takes the last one that is")
+            raise
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # Next, process 0 declares the checkpoint complete (trainer_state.json) and may delete older ones.
+        self.accelerator.wait_for_everyone()
 
     # ---- what people see ----
 

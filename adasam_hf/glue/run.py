@@ -17,8 +17,8 @@ from transformers import (
     PreTrainedTokenizerBase,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
+from ..checkpoints import last_complete
 from ..trainer import AdaSAMTrainer
 from ..training_args import AdaSAMTrainingArguments
 from .data import load_files, load_task, resolve_path
@@ -222,10 +222,9 @@ def write_submission(path: Path, task: Task, predictions) -> None:
 
 def _find_checkpoint(args: GlueTrainingArguments) -> str | None:
     """The checkpoint to go on from. Refuses to start anew over the checkpoints of an old run."""
-    asked = args.resume_from_checkpoint
-    last = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
     if not args.do_train:
         return None
+    asked, last = args.resume_from_checkpoint, last_complete(args.output_dir)
     if asked is None:
         if last is not None:
             raise ValueError(
@@ -236,7 +235,8 @@ def _find_checkpoint(args: GlueTrainingArguments) -> str | None:
     if asked.lower() in ("last", "true"):
         if last is None:
             raise FileNotFoundError(
-                f"resume_from_checkpoint={asked!r}: output_dir={args.output_dir!r} has no checkpoint"
+                f"resume_from_checkpoint={asked!r}: output_dir={args.output_dir!r} has no checkpoint that was saved to "
+                "its end"
             )
         return last
     if not Path(asked).is_dir():
