@@ -1,8 +1,11 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import flat, make_model, make_rows
+from torch import nn
 
-from adasam_hf.sharpness import sam_gap
+from adasam_hf.sharpness import sam_gap, top_eigenvalues
 
 
 def batches(count=2):
@@ -38,3 +41,55 @@ def test_bad_input():
         sam_gap(make_model("bert"), batches(), rho=0)
     with pytest.raises(ValueError, match="batches is empty"):
         sam_gap(make_model("bert"), [], rho=0.1)
+
+
+class Quadratic(nn.Module):
+    """L(w) = ½ wᵀAw + bᵀw per batch (A, b): its Hessian is A."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(size))
+        self.idle = nn.Parameter(torch.ones(2))
+
+    def forward(self, a, b):
+        return SimpleNamespace(loss=0.5 * self.w @ a @ self.w + b @ self.w)
+
+
+def test_top_eigenvalues_of_a_quadratic():
+    torch.manual_seed(0)
+    batches = []
+    for _ in range(3):
+        a = torch.randn(30, 30)
+        batches.append({"a": a + a.T, "b": torch.randn(30)})
+    want = torch.linalg.eigvalsh(sum(b["a"] for b in batches).double() / 3).flip(0)
+    model = Quadratic(30)
+    got = top_eigenvalues(model, batches, count=3, tolerance=1e-5)
+    assert got == pytest.approx(want[:3].tolist(), rel=1e-3)
+    assert model.w.grad is None and model.training
+
+
+def test_top_eigenvalue_of_a_bert_is_its_worst_curvature():
+    """Along random directions the curvature, by differences of gradients, is below the top eigenvalue."""
+    model = make_model("bert", attn_implementation="eager")
+    batch = {k: torch.stack([r[k] for r in make_rows(8)]) for k in ("input_ids", "labels")}
+    (top,) = top_eigenvalues(model, [batch], tolerance=1e-3)
+    model.eval()
+    params = list(model.parameters())
+
+    def gradient():
+        return torch.cat([g.reshape(-1) for g in torch.autograd.grad(model(**batch).loss, params)])
+
+    # power iteration on differences of gradients, which needs no second derivative
+    v = torch.randn(sum(p.numel() for p in params), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    here, start = gradient(), flat(model)
+    for _ in range(60):
+        v /= v.norm()
+        nn.utils.vector_to_parameters(start + 1e-5 * v, params)
+        curved = (gradient() - here) / 1e-5
+        curvature, v = v @ curved, curved + 2.0 * v  # shifted, so that the largest and not the most negative is found
+    assert top == pytest.approx(curvature.item(), rel=0.02)
+
+
+def test_top_eigenvalues_need_batches():
+    with pytest.raises(ValueError, match="batches not empty"):
+        top_eigenvalues(make_model("bert"), [])

