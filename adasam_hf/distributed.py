@@ -1,9 +1,12 @@
 """Which ways of spreading a run over devices the two-pass step supports. What is not shown to work is refused."""
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 
+import torch
+import torch.distributed as dist
 from accelerate.utils import DistributedType
-from torch import nn
+from torch import Tensor, nn
 from transformers import Trainer
 
 _DDP = "use DistributedDataParallel (torchrun), or FSDP2 if the model is too large for it"
@@ -26,11 +29,26 @@ def unsynced(trainer: Trainer, model: nn.Module) -> AbstractContextManager:
     return trainer.accelerator.no_sync(model)
 
 
+def average_gradients(params: Iterable[nn.Parameter]) -> None:
+    """Make each ``.grad`` its mean over the processes, if there are several, in one all-reduce for each dtype."""
+    if not dist.is_available() or not dist.is_initialized():
+        return
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for p in params:
+        if p.grad is not None:
+            by_dtype.setdefault(p.grad.dtype, []).append(p.grad)
+    for gradients in by_dtype.values():
+        flat = torch.cat([g.reshape(-1) for g in gradients]) / dist.get_world_size()
+        dist.all_reduce(flat)
+        for g, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            g.copy_(mean.view_as(g))
+
+
 def _obstacle(trainer: Trainer) -> tuple[str, str] | None:
     """(what stands in the way, what to do instead), or None."""
     args, accelerator = trainer.args, trainer.accelerator
     kind = accelerator.distributed_type
-    local = climbs_locally(trainer)
+    local, partial = climbs_locally(trainer), args.sam_parameters != "all"
     name = str(getattr(args.optim, "value", args.optim))
     if "lomo" in name or "layerwise" in name:
         return f"optim={name!r}, which updates the weights inside backward", "choose another optimizer"
@@ -49,19 +67,31 @@ def _obstacle(trainer: Trainer) -> tuple[str, str] | None:
             f"torch.nn.DataParallel over {args.n_gpu} devices",
             "start it with torchrun, or show it one device (CUDA_VISIBLE_DEVICES=0)",
         )
+    if partial and _checkpoints_reentrantly(args):
+        return (
+            f"sam_parameters={args.sam_parameters!r} and reentrant gradient checkpointing, which drops gradients then",
+            "use gradient_checkpointing_kwargs={'use_reentrant': False}",
+        )
     if kind is DistributedType.FSDP:
         if not accelerator.is_fsdp2:
             return "FSDP version 1", "use version 2 (fsdp_config={'version': 2}), or DistributedDataParallel"
         if local:
             return "FSDP2 and a local ascent, which it does not hand out", "use sam_scope='batch' with sam_sync=True"
+        if partial:
+            return f"FSDP2 and sam_parameters={args.sam_parameters!r}", "use sam_parameters='all'"
     elif kind not in _REPLICATED:
         return f"{args.world_size} processes ({kind.value})", _DDP
-    elif args.world_size > 1 and args.ddp_static_graph and (local or args.gradient_accumulation_steps > 1):
+    elif args.ddp_static_graph and args.world_size > 1 and (local or partial or args.gradient_accumulation_steps > 1):
         return (
             "ddp_static_graph and backward passes without synchronization",
-            "leave ddp_static_graph unset, or use sam_scope='batch' with sam_sync=True without accumulation",
+            "leave ddp_static_graph unset, or use scope batch with sam_sync, all parameters and no accumulation",
         )
     return None
+
+
+def _checkpoints_reentrantly(args) -> bool:
+    kwargs = getattr(args, "activation_checkpointing_kwargs", None) or args.gradient_checkpointing_kwargs
+    return bool(kwargs and kwargs.get("use_reentrant"))
 
 
 def refuse_unsupported(trainer: Trainer) -> None:

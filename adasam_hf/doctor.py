@@ -1,5 +1,6 @@
 """What the trainer tells its user: what it will do, and what looks wrong while it does it."""
 
+from torch import nn
 from transformers import Trainer
 from transformers.utils import logging
 
@@ -12,30 +13,69 @@ _PATIENCE = 20  # steps in a row
 _FAR = 2.0  # times the highest loss of the run so far
 
 
-def describe(trainer: Trainer, radii: list[float]) -> str:
-    """One line: radius, scope, parameters, processes, precision, extra memory and compute."""
-    args, groups = trainer.args, trainer.optimizer.param_groups
+def describe(trainer: Trainer, radii: list[float], chosen: list[nn.Parameter] | None = None) -> str:
+    """One line: radius, scope, parameters, processes, precision, extra memory and compute.
+
+    Args:
+        radii: one for each parameter group.
+        chosen: the parameters that may climb; None for all.
+    """
+    groups = trainer.optimizer.param_groups
     name = type(getattr(trainer.optimizer, "optimizer", trainer.optimizer)).__name__  # Accelerate wraps it
     if not any(radii):
         return f"{name} with sam_rho=0: plain steps, one forward/backward per micro-batch and no ascent"
     moving = [p for g, rho in zip(groups, radii, strict=True) if rho > 0 for p in g["params"] if p.requires_grad]
+    if chosen is not None:
+        moving = list(set(moving) & set(chosen))
     total = sum(p.numel() for p in trainer.model.parameters())
-    held = sum(local(p).numel() * p.element_size() for p in moving)
-    dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in moving})
-    autocast = trainer.accelerator.mixed_precision
-    processes = f"{args.world_size} process" + ("es" if args.world_size > 1 else "")
-    if args.world_size > 1:
-        who = "each climbs its own gradient" if climbs_locally(trainer) else "all climb their mean gradient"
-        processes += f" ({trainer.accelerator.distributed_type.value}), {who}"
-    window = args.gradient_accumulation_steps
-    over = "the whole optimizer step" if args.sam_scope == "batch" else "each micro-batch by itself"
+    held = sum(local(p).numel() * p.element_size() for p in moving) / 2**20
+    each = " on each process" if trainer.args.world_size > 1 else ""
     return (
-        f"{name} with sam_rho={max(radii):g}, sam_scope={args.sam_scope} ({over}, {window} micro-batch"
-        f"{'es' if window > 1 else ''}): climbs {len(moving)} tensors with {sum(p.numel() for p in moving):,} of "
-        f"{total:,} parameters; {processes}; {'/'.join(dtypes)} weights"
-        f"{f', {autocast} autocast' if autocast != 'no' else ''}; +{held / 2**20:.1f} MiB for a copy of them"
-        f"{' on each process' if args.world_size > 1 else ''}; 2 forward/backward passes per micro-batch instead of 1"
+        f"{name} with {_how(trainer.args, max(radii))}: "
+        f"climbs {len(moving)} tensors with {sum(p.numel() for p in moving):,} of {total:,} parameters; "
+        f"{_processes(trainer)}; {_precision(trainer, moving)}; +{held:.1f} MiB for a copy of them{each}; "
+        f"{_passes(trainer.args)}"
     )
+
+
+def _how(args, rho: float) -> str:
+    schedule, k = args.sam_schedule, args.gradient_accumulation_steps
+    over = "the whole optimizer step" if args.sam_scope == "batch" else "each micro-batch by itself"
+    parts = [f"sam_rho={rho:g}", f"sam_scope={args.sam_scope} ({over}, {k} micro-batch{'es' if k > 1 else ''})"]
+    if args.sam_adaptive:
+        parts[0] += " relative to the weights"
+    if schedule.shape != "constant":
+        parts[0] += f" times its {schedule.shape} schedule"
+    if (schedule.start, schedule.end) != (0.0, 1.0):
+        parts.append(f"from {schedule.start:.0%} to {schedule.end:.0%} of training")
+    if schedule.interval > 1:
+        parts.append(f"in one step of {schedule.interval}{', again in the others' if args.sam_reuse else ''}")
+    return ", ".join(parts)
+
+
+def _processes(trainer: Trainer) -> str:
+    size = trainer.args.world_size
+    if size == 1:
+        return "1 process"
+    who = "each climbs its own gradient" if climbs_locally(trainer) else "all climb their mean gradient"
+    return f"{size} processes ({trainer.accelerator.distributed_type.value}), {who}"
+
+
+def _precision(trainer: Trainer, moving: list[nn.Parameter]) -> str:
+    dtypes = "/".join(sorted({str(p.dtype).removeprefix("torch.") for p in moving}))
+    autocast = trainer.accelerator.mixed_precision
+    return f"{dtypes} weights" + (f", {autocast} autocast" if autocast != "no" else "")
+
+
+def _passes(args) -> str:
+    if args.resolved_direction != "gradient":
+        return f"along the {args.resolved_direction}: 1 forward/backward pass per micro-batch, as ever"
+    first = []
+    if args.resolved_ascent_fraction < 1:
+        first.append(f"on {args.resolved_ascent_fraction:.0%} of its rows")
+    if args.sam_parameters != "all":
+        first.append("without gradients of the other weights")
+    return "2 forward/backward passes per micro-batch instead of 1" + (f", the first {' '.join(first)}" * bool(first))
 
 
 class Watch:

@@ -4,7 +4,7 @@ Knows tensors and parameter groups only: no closure, no Trainer, no update rule.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -12,12 +12,15 @@ from torch import Tensor
 from torch.optim.sgd import sgd
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
+from .directions import Direction, Gradient
+
 if torch.distributed.is_available():
     from torch.distributed.tensor import DTensor, Partial, Replicate
 else:
     DTensor = ()  # of which nothing is an instance
 
 HALF = (torch.float16, torch.bfloat16)
+ASAM_ETA = 0.01  # of the ASAM paper: weights near 0 are to move, too
 
 
 def local(t: Tensor) -> Tensor:
@@ -85,10 +88,12 @@ class Perturbation:
 
     Args:
         optimizer: anything with torch's ``param_groups``.
+        only: the parameters that may climb and that count in the norm; None for all.
     """
 
-    def __init__(self, optimizer):
+    def __init__(self, optimizer, only: Collection[Tensor] | None = None):
         self.optimizer = optimizer
+        self.only = None if only is None else set(only)
         self._buffers: dict[Tensor, Tensor] = {}
         self._saved: tuple[list[Tensor], list[Tensor]] | None = None
         self.applied: Tensor | None = None
@@ -102,13 +107,19 @@ class Perturbation:
         return self._saved is not None
 
     @torch.no_grad()
-    def ascend(self, rho: float | Sequence[float]) -> Tensor:
+    def ascend(
+        self, rho: float | Sequence[float], direction: Direction | None = None, *, adaptive: bool = False
+    ) -> Tensor:
         """w ← w + ρ·s/‖s‖, and take the gradients away (``.grad = None``) for the second pass.
 
         Args:
             rho: radius in weight units, finite and >= 0: one for all groups, or one for each.
+            direction: what to climb along in place of the gradient s. One that needs no first pass leaves ``.grad``
+                alone, and may be without vectors, whereupon nothing moves.
+            adaptive: w ← w + ρ·T²s/‖Ts‖ with T = |w| + 0.01, element by element: the radius is then relative to the
+                weights, and the neighbourhood does not depend on their scale (ASAM, arXiv:2102.11600).
 
-        Returns: ‖s‖₂, 0-d. 0, NaN or infinity mean that nothing moved.
+        Returns: ‖s‖₂ (adaptive: ‖Ts‖₂), 0-d. 0, NaN or infinity mean that nothing moved.
 
         Raises:
             ValueError: for a bad radius, or a number of radii that is not the number of groups.
@@ -116,40 +127,55 @@ class Perturbation:
         """
         if self.active:
             raise RuntimeError("the weights are already perturbed; call restore() before the next ascend()")
+        direction = direction or Gradient(self.optimizer)
         groups = self.optimizer.param_groups
         radii = list(rho) if isinstance(rho, Sequence) else [rho] * len(groups)
         if len(radii) != len(groups):
             raise ValueError(
                 f"rho={rho!r} has {len(radii)} radii for {len(groups)} parameter groups; give one for each"
             )
-        climbs = [
-            ([p for p in group["params"] if p.grad is not None], check_radius(radius))
+        radii = [check_radius(radius) for radius in radii]
+        found = [
+            (p, vector, radius)
             for group, radius in zip(groups, radii, strict=True)
+            for p in group["params"]
+            if (self.only is None or p in self.only) and (vector := direction(p)) is not None
         ]
-        gradients = [p.grad for params, _ in climbs for p in params]
-        if not gradients:
-            raise RuntimeError("no parameter has a gradient; call loss.backward() before ascend()")
-        if any(g.is_sparse for g in gradients):
+        params, vectors, radii = map(list, zip(*found, strict=True)) if found else ([], [], [])
+        if not params:
+            if direction.first_pass:
+                raise RuntimeError("no parameter has a gradient; call loss.backward() before ascend()")
+            return torch.zeros(())
+        if any(v.is_sparse for v in vectors):
             raise RuntimeError("sparse gradients have no ascent; use dense ones (nn.Embedding(..., sparse=False))")
 
-        norm = gradient_norm(gradients)
-        saved = [self._buffer(p) for params, radius in climbs if radius > 0 for p in params]
-        shards = [
-            (list(map(local, params)), [local(p.grad) for p in params], radius)
-            for params, radius in climbs
-            if params and radius > 0
-        ]
-        moving = [p for params, _, _ in shards for p in params]
+        if adaptive:
+            sizes = [p.abs().add_(ASAM_ETA) for p in params]
+            vectors = torch._foreach_mul(sizes, vectors)
+        norm = gradient_norm(vectors)
+        if adaptive:
+            torch._foreach_mul_(vectors, sizes)
+
+        shards: dict[float, tuple[list[Tensor], list[Tensor], list[Tensor]]] = {}
+        for p, vector, radius in zip(params, vectors, radii, strict=True):
+            if radius > 0:
+                lists = shards.setdefault(radius, ([], [], []))
+                for items, item in zip(lists, (local(p), self._buffer(p), local(vector)), strict=True):
+                    items.append(item)
+        moving = [p for here, _, _ in shards.values() for p in here]
+        saved = [b for _, buffers, _ in shards.values() for b in buffers]
         if moving:
             torch._foreach_copy_(saved, moving)
         # Complete before the first change, so that an interrupt anywhere from here on can be undone.
         self._saved = (moving, saved)
-        for params, gradients, radius in shards:
-            _climb(params, gradients, radius, norm)
-        self.applied = _applied(shards, saved, norm) if any(p.dtype in HALF for p in moving) else None
-        for params, _ in climbs:
-            for p in params:
-                p.grad = None
+        for radius, (here, _, along) in shards.items():
+            _climb(here, along, direction.sign * radius, norm)
+        half = any(p.dtype in HALF for p in moving)
+        self.applied = _applied(shards, direction.sign, norm) if half else None
+        if direction.first_pass:
+            for group in groups:
+                for p in group["params"]:
+                    p.grad = None
         # An enclosing autocast region would go on using its half-precision casts of the old weights.
         torch.clear_autocast_cache()
         return norm
@@ -166,10 +192,12 @@ class Perturbation:
         torch.clear_autocast_cache()
 
     @contextmanager
-    def perturbed(self, rho: float | Sequence[float]) -> Iterator[Tensor]:
-        """`ascend` on entry, `restore` on exit, also when the body raises. Yields the gradient norm."""
+    def perturbed(
+        self, rho: float | Sequence[float], direction: Direction | None = None, *, adaptive: bool = False
+    ) -> Iterator[Tensor]:
+        """`ascend` on entry, `restore` on exit, also when the body raises. Yields the norm."""
         try:
-            yield self.ascend(rho)
+            yield self.ascend(rho, direction, adaptive=adaptive)
         finally:
             try:
                 self.restore()
@@ -206,14 +234,13 @@ def _climb(params: list[Tensor], gradients: list[Tensor], rho: float, norm: Tens
             p.add_(torch.where(blocked.to(p.device), 0, g) * scale.to(p.device))
 
 
-def _applied(shards: list[tuple[list[Tensor], list[Tensor], float]], saved: list[Tensor], norm: Tensor) -> Tensor:
-    """⟨δ', δ⟩/‖δ‖² with δ' = what the parameters moved by and δ = radius · gradient / norm."""
-    before = iter(saved)
+def _applied(shards: dict[float, tuple[list[Tensor], ...]], sign: float, norm: Tensor) -> Tensor:
+    """⟨δ', δ⟩/‖δ‖² with δ' = what the parameters moved by and δ = radius · vector / norm."""
     moved = wanted = torch.zeros((), dtype=torch.float64 if norm.device.type == "cpu" else torch.float32)
-    for params, gradients, radius in shards:
-        for p, g in zip(params, gradients, strict=True):
-            delta = g.float() * (radius / norm).to(g.device)
-            moved = moved + ((p.float() - next(before).float()) * delta).sum().to(moved.device, non_blocking=True)
+    for radius, lists in shards.items():
+        for p, before, vector in zip(*lists, strict=True):
+            delta = vector.float() * (sign * radius / norm).to(vector.device)
+            moved = moved + ((p.float() - before.float()) * delta).sum().to(moved.device, non_blocking=True)
             wanted = wanted + delta.square().sum().to(moved.device, non_blocking=True)
     share = moved / wanted
     return torch.where(torch.isfinite(share), share, 1.0)  # nothing was to move, so nothing was lost

@@ -43,7 +43,8 @@ def capture() -> RandomState:
     )
 
 
-def _set(state: RandomState) -> None:
+def rewind(state: RandomState) -> None:
+    """Go back to `state`, and on from there."""
     torch.set_rng_state(state.host)
     if state.device is not None:
         _device_module().set_rng_state(state.device)
@@ -63,8 +64,8 @@ def replay(state: RandomState) -> Iterator[None]:
             loss_fn(model(x), y).backward()
     """
     resume = capture()
-    _set(state)
+    rewind(state)
     try:
         yield
     finally:
-        _set(resume)
+        rewind(resume)

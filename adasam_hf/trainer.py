@@ -2,7 +2,7 @@
 
 import os
 import re
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -13,9 +13,11 @@ from transformers.utils import logging
 
 from . import doctor, rng, running_stats
 from .checkpoints import last_complete
-from .distributed import climbs_locally, refuse_unsupported, unsynced
+from .directions import DIRECTIONS, Direction, Last
+from .distributed import average_gradients, climbs_locally, refuse_unsupported, unsynced
 from .optim import AdaSAM
 from .perturbation import Perturbation
+from .selection import choose_parameters, gradients_only_for, take_rows
 from .training_args import RADIUS_ZERO, SGD_NAMES, SharpnessAwareArgumentsMixin
 
 logger = logging.get_logger(__name__)
@@ -61,8 +63,11 @@ class SharpnessAwareTrainerMixin:
             )
         self._perturbation: Perturbation | None = None
         self._radii: list[float] = []  # one for each parameter group, fixed when training starts
+        self._chosen: list[nn.Parameter] | None = None  # that may climb; None for all
+        self._direction: Direction | None = None  # of the coming step; None for a plain one
+        self._rho_share = 1.0  # of the radii, in the coming step
         self._window_size = 0
-        self._last_logged_step = 0
+        self._ascent_items: Tensor | int | None = None  # `num_items_in_batch` of the rows that the ascent sees
         self._watch = doctor.Watch()
         self._forget_window()
         self._forget_losses()
@@ -94,10 +99,13 @@ class SharpnessAwareTrainerMixin:
 
     def _start_perturbing(self) -> None:
         """Fix the radii. Runs before the first step, when a checkpoint may have brought another radius along."""
-        self._perturbation = Perturbation(self.optimizer)
-        self._last_logged_step = self.state.global_step
-        self._forget_losses()
         self._radii = self._resolve_radii()
+        self._chosen = choose_parameters(self.model, self.args.sam_parameters) if any(self._radii) else None
+        self._perturbation = Perturbation(self.optimizer, self._chosen)
+        self._own_direction = DIRECTIONS[self.args.resolved_direction](self.optimizer)
+        self._last = Last(self.optimizer)
+        self._first_step = self.state.global_step
+        self._forget_losses()
         if adasam := self._own_adasam():
             for group, rho in zip(adasam.param_groups, self._radii, strict=True):
                 if group["rho"] != rho:
@@ -111,7 +119,33 @@ class SharpnessAwareTrainerMixin:
                 )
         self._watch = doctor.Watch()
         if self.is_world_process_zero():
-            doctor.logger.warning_advice(doctor.describe(self, self._radii))
+            doctor.logger.warning_advice(doctor.describe(self, self._radii, self._chosen))
+        self._plan_step()
+
+    def _plan_step(self) -> None:
+        """Decide whether, along what and how far the coming step climbs."""
+        schedule = self.args.sam_schedule
+        total = max(self.state.max_steps, 1)  # 0 if steps are taken by hand
+        step = min(self.state.global_step, total - 1)
+        self._direction = None
+        if any(self._radii) and schedule.within(step, total):
+            if schedule.climbs(step, total) or (self.args.sam_reuse and not self._last.gradients):
+                self._direction = self._own_direction
+            elif self.args.sam_reuse:
+                self._direction = self._last
+        if self._direction and self.args.resolved_direction == "momentum" and self.state.global_step > self._first_step:
+            self._check_momentum()
+        group = self.optimizer.param_groups[0]
+        lr_share = float(group["lr"] / group["initial_lr"]) if group.get("initial_lr") else 1.0
+        self._rho_share = schedule.factor(step, total, lr_share) if self._direction else 0.0
+
+    def _check_momentum(self) -> None:
+        params = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if all(self._direction(p) is None for p in params):
+            raise RuntimeError(
+                "sam_direction='momentum': after an update the optimizer keeps no first moment; choose one that does "
+                "(adasam, adamw_torch, sam with sgd_momentum above 0), or sam_direction='gradient'"
+            )
 
     # ---- the two passes ----
 
@@ -133,41 +167,72 @@ class SharpnessAwareTrainerMixin:
         samples, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
         self._window_size = len(samples)
         self._forget_window()
+        self._plan_step()
+        self._sharp_steps += bool(self._rho_share and self._direction.first_pass)
+        if (share := self.args.resolved_ascent_fraction) < 1:
+            rows = [take_rows(batch, share) for batch in samples]
+            self._ascent_items = self._get_num_items_in_batch(rows, self.args.device)
         return samples, num_items_in_batch
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args, **kwargs) -> Tensor:
-        """The double forward/backward (see the class). Returns the loss at w, as the stock step does."""
+        """The double forward/backward (see the class). Returns the loss at w, as the stock step does.
+
+        (Of the ascent's rows, if `sam_ascent_fraction` is below 1; at w + δ, if the direction needs no first pass.)
+        """
         if self._perturbation is None:  # called by hand, outside train()
             if self.optimizer is None:
                 self.create_optimizer()
             self._start_perturbing()
-        if not any(self._radii):
+        if not self._rho_share:
             return super().training_step(model, inputs, *args, **kwargs)
+        if not self._direction.first_pass:
+            with self._perturbed():
+                return super().training_step(model, inputs, *args, **kwargs)
 
         if not self._passes:
             # Gradients from before this window (an unsized dataset can end in a window without an update, in stock
             # too) belong to the coming update, not to the ascent.
             self._carry = _take_gradients(model)
+        loss = self._ascent_pass(model, inputs, *args, **kwargs)
+        if self.args.sam_scope == "microbatch" or len(self._passes) >= self._window_size:
+            self._descent_passes(model, *args, **kwargs)
+        return loss
+
+    def _ascent_pass(self, model: nn.Module, inputs: dict[str, Any], *args, **kwargs) -> Tensor:
+        """The stock step at w, on the rows and for the parameters that the ascent looks at. Returns its loss."""
         self._passes.append((inputs, rng.capture()))
+        if (share := self.args.resolved_ascent_fraction) < 1:
+            inputs, args, kwargs = take_rows(inputs, share), (), {"num_items_in_batch": self._ascent_items}
+        # DistributedDataParallel would wait for gradients that are not computed: the chosen go by themselves, later.
+        alone = climbs_locally(self) or self._chosen is not None
         try:
-            with unsynced(self, model) if climbs_locally(self) else nullcontext():
+            with unsynced(self, model) if alone else nullcontext(), gradients_only_for(self._chosen, model):
                 loss = super().training_step(model, inputs, *args, **kwargs)
         except BaseException:
             self._forget_window()  # or a later call by hand would replay this micro-batch
             raise
         self._clean_loss += loss
-        if self.args.sam_scope == "batch" and len(self._passes) < self._window_size:
-            return loss
+        return loss
 
+    def _descent_passes(self, model: nn.Module, *args, **kwargs) -> None:
+        """Climb, take the stock step at w + δ for each micro-batch of the window, and restore w."""
         passes, carry = self._passes, self._carry
         self._forget_window()
-        with running_stats.kept(model), self._perturbation.perturbed(self._radii) as norm:
+        if self._chosen is not None and not climbs_locally(self):
+            average_gradients(self._chosen)
+        if self.args.sam_reuse:
+            self._last.remember(model.parameters())
+        same_masks = self.args.sam_dropout == "same" and self.args.resolved_ascent_fraction == 1
+        if self.args.sam_dropout == "same" and not same_masks:
+            # There are no masks to repeat, those of the ascent had fewer rows: draw what a plain step would have drawn.
+            rng.rewind(passes[0][1])
+        with running_stats.kept(model), self._perturbed() as norm:
             _give_gradients(model, carry)
             for i, (micro_batch, state) in enumerate(passes, 1):
                 # The last backward sends the whole window's gradient, as in stock.
                 with (
                     nullcontext() if i == len(passes) else unsynced(self, model),
-                    rng.replay(state) if self.args.sam_dropout == "same" else nullcontext(),
+                    rng.replay(state) if same_masks else nullcontext(),
                 ):
                     self._sam_loss += super().training_step(model, micro_batch, *args, **kwargs)
         if (scaler := self.accelerator.scaler) is not None:
@@ -176,7 +241,10 @@ class SharpnessAwareTrainerMixin:
         if self._perturbation.applied is not None:
             self._applied += self._perturbation.applied
         self._climbs += 1
-        return loss
+
+    def _perturbed(self) -> AbstractContextManager[Tensor]:
+        radii = [rho * self._rho_share for rho in self._radii]
+        return self._perturbation.perturbed(radii, self._direction, adaptive=self.args.sam_adaptive)
 
     def _forget_window(self) -> None:
         self._passes: list[tuple[dict[str, Any], rng.RandomState]] = []
@@ -216,28 +284,33 @@ class SharpnessAwareTrainerMixin:
         self._sam_loss: float | Tensor = 0.0
         self._applied: float | Tensor = 0.0
         self._climbs = 0
+        self._sharp_steps = 0  # of two passes
         self._grad_norm: Tensor | None = None
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """As in Transformers, with the ``sam_*`` values beside a training loss."""
-        steps = self.state.global_step - self._last_logged_step
-        if "loss" in logs and self._grad_norm is not None and steps > 0:
-            values = [self._sam_loss / steps, (self._sam_loss - self._clean_loss) / steps, self._grad_norm]
-            if self._perturbation.applied is not None:
-                values.append(self._applied / self._climbs)
-            # All processes are here, as for the mean of `loss` that the Trainer has just taken.
-            values = torch.stack([v.float().to(self.args.device) for v in values])
-            values = self.accelerator.reduce(values, "mean").tolist()
-            logs |= dict(zip(("sam_loss", "sam_gap", "sam_grad_norm", "sam_applied"), values, strict=False))
-            logs["sam_rho"] = max(self._radii)
-            self._watch(logs, steps)
-            self._last_logged_step = self.state.global_step
-            self._forget_losses()
+        if "loss" in logs and any(self._radii):
+            if steps := self._sharp_steps:
+                values = [self._sam_loss / steps, (self._sam_loss - self._clean_loss) / steps, self._grad_norm]
+                if self._perturbation.applied is not None:
+                    values.append(self._applied / self._climbs)
+                # All processes are here, as for the mean of `loss` that the Trainer has just taken.
+                values = torch.stack([v.float().to(self.args.device) for v in values])
+                values = self.accelerator.reduce(values, "mean").tolist()
+                logs |= dict(zip(("sam_loss", "sam_gap", "sam_grad_norm", "sam_applied"), values, strict=False))
+                self._forget_losses()
+            logs["sam_rho"] = max(self._radii) * self._rho_share
+            if steps:
+                self._watch(logs, steps)
         super().log(logs, *args, **kwargs)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """As in Transformers, for both passes."""
-        return super().floating_point_ops(inputs) * (2 if any(self._radii) else 1)
+        first_pass = 0.0
+        if self._rho_share and self._direction.first_pass:
+            # without weight gradients backward is half as much, thus a pass two thirds
+            first_pass = self.args.resolved_ascent_fraction * (2 / 3 if self._chosen else 1)
+        return int(super().floating_point_ops(inputs) * (1 + first_pass))
 
     def create_model_card(self, *args, **kwargs) -> None:
         """As in Transformers, with the optimizer and the ascent as they were used."""

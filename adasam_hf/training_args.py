@@ -1,6 +1,7 @@
 """What a user may say about sharpness-aware training, checked when it is said."""
 
 import copy
+import re
 from dataclasses import dataclass, field, fields
 from typing import Literal, get_args, get_type_hints
 
@@ -8,8 +9,10 @@ import torch
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 from transformers.training_args import OptimizerNames
 
+from .directions import DIRECTIONS
 from .optim import AdaSAM
 from .perturbation import check_radius
+from .schedule import SHAPES, Schedule, Shape
 
 DEFAULT_RHO = 0.05
 # The paper's four methods: two updates, each with and without the ascent.
@@ -20,6 +23,15 @@ OPTIM_ARGS = {"adasam": {"foreach", "fused"}, "sam": {"foreach", "fused", "neste
 
 Scope = Literal["batch", "microbatch"]
 Dropout = Literal["same", "fresh"]
+DirectionName = Literal["gradient", "momentum"]
+Preset = Literal["full", "fast", "free"]
+
+# What a preset stands for where the argument itself is unset; measured in results/benchmark_flatness/table.md.
+PRESETS = {
+    "full": {"sam_direction": "gradient", "sam_ascent_fraction": 1.0},
+    "fast": {"sam_direction": "gradient", "sam_ascent_fraction": 0.25},
+    "free": {"sam_direction": "momentum", "sam_ascent_fraction": 1.0},
+}
 
 
 @dataclass(repr=False)
@@ -76,6 +88,54 @@ class SharpnessAwareArgumentsMixin:
     sam_dropout: Dropout = field(
         default="same", metadata={"help": "Dropout masks of the second pass: the same as in the first, or fresh."}
     )
+    sam_preset: Preset = field(
+        default="full",
+        metadata={
+            "help": "How much the ascent may cost: full, a whole pass; fast, one on a quarter of the rows; free, none, "
+            "along the momentum. Arguments that are set win over it."
+        },
+    )
+    sam_direction: DirectionName | None = field(
+        default=None,
+        metadata={
+            "help": "What is climbed: the gradient, or the optimizer's own momentum, which needs no second pass "
+            "(Momentum-SAM, arXiv:2401.12033; its radii are many times larger). Unset: that of sam_preset, gradient."
+        },
+    )
+    sam_adaptive: bool = field(
+        default=False,
+        metadata={"help": "Radius relative to the size of each weight (ASAM, arXiv:2102.11600)."},
+    )
+    sam_ascent_fraction: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of each micro-batch's rows that the ascent sees, in (0, 1] (arXiv:2110.08529: a quarter). "
+            "Unset: that of sam_preset, 1."
+        },
+    )
+    sam_parameters: str = field(
+        default="all",
+        metadata={
+            "help": "Which parameters climb: all; norm, those of normalization layers (SAM-ON, arXiv:2306.04226); or "
+            "a regular expression over their names. The ascent computes no weight gradient for the others."
+        },
+    )
+    sam_start: float = field(
+        default=0.0, metadata={"help": "Share of training before the first ascent (arXiv:2609.17575: 0.7)."}
+    )
+    sam_end: float = field(default=1.0, metadata={"help": "Share of training after which no step ascends."})
+    sam_interval: int = field(default=1, metadata={"help": "Ascend in every k-th step only."})
+    sam_reuse: bool = field(
+        default=False,
+        metadata={"help": "With sam_interval > 1: climb the last gradient again in the steps between, in one pass."},
+    )
+    sam_rho_schedule: Shape = field(
+        default="constant",
+        metadata={
+            "help": "The radius from sam_start to sam_end: constant, falling to 0 (linear, cosine), or following the "
+            "learning rate (lr)."
+        },
+    )
 
     def __post_init__(self):
         self._read_numbers()
@@ -112,9 +172,16 @@ class SharpnessAwareArgumentsMixin:
                 f"sam_rho={self.sam_rho!r} contradicts optim={self.optim!r}, which is {RADIUS_ZERO[self.optim]} at "
                 f"radius 0; use optim={RADIUS_ZERO[self.optim]!r}, or leave sam_rho unset"
             )
-        for name, allowed in (("sam_scope", get_args(Scope)), ("sam_dropout", get_args(Dropout))):
+        for name, allowed in (
+            ("sam_scope", get_args(Scope)),
+            ("sam_dropout", get_args(Dropout)),
+            ("sam_preset", PRESETS),
+            ("sam_direction", (*DIRECTIONS, None)),
+            ("sam_rho_schedule", SHAPES),
+        ):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(allowed)}")
+                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(filter(None, allowed))}")
+        self._check_cheap_ascents()
         for name in ("sgd_momentum", "adam_beta1", "adam_beta2"):
             value = getattr(self, name)
             if (value is None and name != "adam_beta2") or (value is not None and not 0.0 <= value < 1.0):
@@ -125,6 +192,53 @@ class SharpnessAwareArgumentsMixin:
             raise ValueError("adam_epsilon=0.0 must be > 0 for AdaSAM, whose denominator starts at ε; try 1e-6")
         if self.optim in ADASAM_NAMES + SGD_NAMES:
             self._own_optim_args()
+
+    def _check_cheap_ascents(self) -> None:
+        if self.sam_ascent_fraction is not None and not 0.0 < self.sam_ascent_fraction <= 1.0:
+            raise ValueError(f"sam_ascent_fraction={self.sam_ascent_fraction!r} must be in (0, 1]; try 0.25")
+        if not 0.0 <= self.sam_start < self.sam_end <= 1.0:
+            raise ValueError(
+                f"sam_start={self.sam_start!r} and sam_end={self.sam_end!r} must be shares of training with "
+                "0 <= sam_start < sam_end <= 1; try sam_start=0.7 with sam_end=1"
+            )
+        if isinstance(self.sam_interval, bool) or not isinstance(self.sam_interval, int) or self.sam_interval < 1:
+            raise ValueError(f"sam_interval={self.sam_interval!r} must be a whole number >= 1; 1 ascends in every step")
+        if self.sam_reuse and self.sam_interval == 1:
+            raise ValueError("sam_reuse=True has no steps to reuse a direction in; set sam_interval to 2 or more")
+        try:
+            re.compile(self.sam_parameters)
+        except re.error as error:
+            raise ValueError(
+                f"sam_parameters={self.sam_parameters!r} is no regular expression ({error}); use 'all', 'norm', or one"
+            ) from None
+        if self.resolved_direction == "momentum":
+            for name, value, off in (
+                ("sam_ascent_fraction", self.resolved_ascent_fraction, 1.0),
+                ("sam_reuse", self.sam_reuse, False),
+            ):
+                if value != off:
+                    raise ValueError(
+                        f"{name}={value!r} contradicts sam_direction='momentum', which has no first pass; leave it "
+                        "unset, or use sam_direction='gradient'"
+                    )
+            if self.optim in SGD_NAMES and self.sgd_momentum == 0:
+                raise ValueError("sam_direction='momentum' needs one: set sgd_momentum above 0, for example 0.9")
+
+    @property
+    def resolved_direction(self) -> str:
+        """What is climbed: `sam_direction`, or else the preset's."""
+        return self.sam_direction or PRESETS[self.sam_preset]["sam_direction"]
+
+    @property
+    def resolved_ascent_fraction(self) -> float:
+        """The share of the rows that the ascent sees: `sam_ascent_fraction`, or else the preset's."""
+        preset = PRESETS[self.sam_preset]["sam_ascent_fraction"]
+        return preset if self.sam_ascent_fraction is None else self.sam_ascent_fraction
+
+    @property
+    def sam_schedule(self) -> Schedule:
+        """When the weights climb and how far."""
+        return Schedule(self.sam_start, self.sam_end, self.sam_interval, self.sam_rho_schedule)
 
     def __repr__(self) -> str:
         return str(self)  # that of Seq2SeqTrainingArguments prints the hub token

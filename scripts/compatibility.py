@@ -1,7 +1,7 @@
 """Writes the README's compatibility table from the outcomes of the tests that carry the marker `compat`.
 
-    python scripts/compatibility.py            runs those tests (about ten minutes on two cores), then writes
-    python scripts/compatibility.py FILE       reads what `pytest --compat FILE` wrote
+python scripts/compatibility.py            runs those tests (about ten minutes on two cores), then writes
+python scripts/compatibility.py FILE       reads what `pytest --compat FILE` wrote
 """
 
 import json
@@ -24,6 +24,7 @@ ORDER = [
     "Many processes",
     "Model features",
     "Data and loop",
+    "Cheap ascents",
     "Combinations",
     "Interruption",
     "Trainer behaviour",

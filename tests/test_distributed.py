@@ -19,6 +19,8 @@ def trainer(kind=DistributedType.NO, world_size=1, n_gpu=1, fsdp2=False, paralle
         "sam_sync": True,
         "ddp_static_graph": None,
         "gradient_accumulation_steps": 1,
+        "gradient_checkpointing_kwargs": None,
+        "sam_parameters": "all",
     }
     return SimpleNamespace(
         args=SimpleNamespace(world_size=world_size, n_gpu=n_gpu, **{**values, **flags}),
@@ -40,6 +42,10 @@ REFUSED = {
     "FSDP2 with `sam_sync=False`": (
         {"kind": FSDP, "world_size": 2, "fsdp2": True, "sam_sync": False},
         "FSDP2 and a local ascent.*sam_sync=True",
+    ),
+    "FSDP2 with `sam_parameters`": (
+        {"kind": FSDP, "world_size": 2, "fsdp2": True, "sam_parameters": "norm"},
+        "FSDP2 and sam_parameters='norm'",
     ),
     "DDP with `ddp_static_graph` in scope microbatch": ({**STATIC, "sam_scope": "microbatch"}, "ddp_static_graph"),
     "DDP with `ddp_static_graph` and `sam_sync=False`": ({**STATIC, "sam_sync": False}, "ddp_static_graph"),

@@ -1,7 +1,6 @@
 import pytest
 import torch
-from conftest import make_model
-from test_trainer import Sharp, build  # noqa: F401
+from conftest import Sharp, make_model
 
 from adasam_hf import doctor
 
@@ -13,7 +12,7 @@ def said(monkeypatch):
     return lines
 
 
-def test_one_line_says_what_will_happen(build, said):  # noqa: F811
+def test_one_line_says_what_will_happen(build, said):
     model = make_model("bert", torch.float32)
     for p in model.bert.embeddings.parameters():
         p.requires_grad_(False)
@@ -28,7 +27,7 @@ def test_one_line_says_what_will_happen(build, said):  # noqa: F811
     ]
 
 
-def test_the_memory_that_it_names_is_the_memory_held(build, said):  # noqa: F811
+def test_the_memory_that_it_names_is_the_memory_held(build, said):
     model = make_model("bert", torch.float32, vocab_size=40_000)
     trainer = build(Sharp, model, optim="sam", sam_scope="microbatch")
     held = []
@@ -40,7 +39,7 @@ def test_the_memory_that_it_names_is_the_memory_held(build, said):  # noqa: F811
     assert said[0].startswith("SGD with sam_rho=0.05, sam_scope=microbatch (each micro-batch by itself")
 
 
-def test_radius_zero_says_so(build, said):  # noqa: F811
+def test_radius_zero_says_so(build, said):
     build(Sharp, make_model("bert"), optim="amsgrad").train()
     assert said == [
         "AdaSAM with sam_rho=0: plain steps, one forward/backward per micro-batch and no ascent",
@@ -81,7 +80,7 @@ def test_steps_in_a_row(said):
     assert said == []
 
 
-def test_a_run_with_a_huge_radius_is_told(build, said):  # noqa: F811
+def test_a_run_with_a_huge_radius_is_told(build, said):
     """The real thing: the neighbourhood of radius 50 knows nothing."""
     build(Sharp, make_model("bert"), optim="adasam", sam_rho=50.0, num_train_epochs=5).train()
     assert len([line for line in said if "sam_rho=50 looks far too large" in line]) == 1

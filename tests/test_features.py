@@ -1,15 +1,12 @@
 """Features of models, data and the Trainer at a real radius, against a loop written by hand that lacks the feature."""
 
-# ruff: noqa: F401, F811  (pytest finds an imported fixture by its name)
-
-import gc
 import math
 
 import pytest
 import torch
-from conftest import flat, make_model, make_rows
+from conftest import EPS, LR, SeedSteps, Sharp, flat, make_model, make_rows
 from oracle import Oracle
-from test_trainer import EPS, LR, SeedSteps, Sharp, build, causal_rows
+from test_trainer import causal_rows
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import IterableDataset
@@ -30,13 +27,6 @@ NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 SCOPES = pytest.mark.parametrize("scope", ["batch", "microbatch"])
 # Renamed within the range of Transformers that the package supports.
 CHECKPOINTING = "activation" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient"
-
-
-@pytest.fixture(autouse=True)
-def quick_garbage_collection():
-    """The Trainer collects garbage whenever it starts: a second each time, if all that is imported takes part."""
-    gc.collect()
-    gc.freeze()
 
 
 # ---- the loop written by hand ----

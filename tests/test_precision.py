@@ -3,8 +3,7 @@ import math
 import pytest
 import torch
 from accelerate.utils import AutocastKwargs
-from conftest import flat, make_model, make_rows
-from test_trainer import LR, Sharp, build  # noqa: F401
+from conftest import LR, Sharp, flat, make_model, make_rows
 from transformers import TrainerCallback
 
 from adasam_hf import AdaSAM
@@ -19,7 +18,7 @@ SCOPES = pytest.mark.parametrize("scope", ["batch", "microbatch"])
 
 @SCOPES
 @pytest.mark.compat("Precision", "bf16 autocast × accumulation × clipping")
-def test_bf16_autocast_equals_a_hand_written_loop(build, scope):  # noqa: F811
+def test_bf16_autocast_equals_a_hand_written_loop(build, scope):
     model = make_model("bert", torch.float32, **NO_DROPOUT)
     flags = {"optim": "adasam", "sam_scope": scope, "gradient_accumulation_steps": 2, "max_grad_norm": 0.1}
     trainer = build(Sharp, model, make_rows(16), bf16=True, **flags)
@@ -108,7 +107,7 @@ class Overflow:
 
 @SCOPES
 @pytest.mark.compat("Precision", "fp16 with a gradient scaler (on a CPU, put in by hand)")
-def test_fp16_equals_a_hand_written_loop(build, scope):  # noqa: F811
+def test_fp16_equals_a_hand_written_loop(build, scope):
     model = make_model("bert", torch.float32, **NO_DROPOUT)
     flags = {"optim": "adasam", "sam_scope": scope, "gradient_accumulation_steps": 2, "max_grad_norm": 0.1}
     trainer = build(Sharp, model, make_rows(16), **flags)
@@ -122,7 +121,7 @@ def test_fp16_equals_a_hand_written_loop(build, scope):  # noqa: F811
 
 @SCOPES
 @pytest.mark.compat("Precision", "fp16: the direction does not depend on the scale")
-def test_the_scale_does_not_matter(build, scope):  # noqa: F811
+def test_the_scale_does_not_matter(build, scope):
     results = []
     for scale in (1.0, 1024.0, 65536.0):
         model = make_model("bert", torch.float32)
@@ -136,7 +135,7 @@ def test_the_scale_does_not_matter(build, scope):  # noqa: F811
         assert norms == results[0][1]
 
 
-def run_with_overflow(build, passes, scope="batch"):  # noqa: F811
+def run_with_overflow(build, passes, scope="batch"):
     model = make_model("bert", torch.float32)
     trace = Trace()
     flags = {"lr_scheduler_type": "linear", "max_grad_norm": 1.0, "optim": "adasam", "sam_scope": scope}
@@ -151,7 +150,7 @@ def run_with_overflow(build, passes, scope="batch"):  # noqa: F811
 
 @SCOPES
 @pytest.mark.compat("Precision", "fp16: an overflow in the first pass moves nothing")
-def test_overflow_in_the_ascent(build, scope):  # noqa: F811
+def test_overflow_in_the_ascent(build, scope):
     trainer, trace, seen = run_with_overflow(build, {2}, scope)  # passes 2 and 3 are those of the second step
     assert torch.equal(seen[3], seen[2])  # no climb, in place of a climb to NaN
     assert not torch.equal(seen[1], seen[0]) and not torch.equal(seen[5], seen[4])
@@ -165,7 +164,7 @@ def test_overflow_in_the_ascent(build, scope):  # noqa: F811
 @SCOPES
 @pytest.mark.compat("Precision", "fp16: an overflow in the second pass skips the step and holds the scheduler")
 @pytest.mark.parametrize("passes", [{3}, {2, 3}], ids=["second", "both"])
-def test_overflow_in_the_descent(build, scope, passes):  # noqa: F811
+def test_overflow_in_the_descent(build, scope, passes):
     _, trace, _ = run_with_overflow(build, passes, scope)
     assert torch.equal(trace.weights[1], trace.weights[0])
     assert trace.scales == [1024.0] + 5 * [512.0]
@@ -179,7 +178,7 @@ def test_overflow_in_the_descent(build, scope, passes):  # noqa: F811
 
 @SCOPES
 @pytest.mark.compat("Precision", "pure bf16 weights (`sam_applied` logs what rounding leaves of the perturbation)")
-def test_the_share_that_survives_rounding(build, scope):  # noqa: F811
+def test_the_share_that_survives_rounding(build, scope):
     model = make_model("bert", torch.bfloat16, **NO_DROPOUT)
     seen, gradients = [], []
     model.register_forward_pre_hook(lambda *_: seen.append(flat(model).double()))
@@ -188,9 +187,9 @@ def test_the_share_that_survives_rounding(build, scope):  # noqa: F811
         def on_train_begin(self, *args, **kwargs):
             stock = trainer._perturbation_ascend = Perturbation.ascend
 
-            def ascend(perturbation, rho):
+            def ascend(perturbation, rho, *args, **kwargs):
                 gradients.append(torch.cat([p.grad.reshape(-1) for p in model.parameters()]).double())
-                return stock(perturbation, rho)
+                return stock(perturbation, rho, *args, **kwargs)
 
             Perturbation.ascend = ascend
 
@@ -212,14 +211,14 @@ def test_the_share_that_survives_rounding(build, scope):  # noqa: F811
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_wide_weights_lose_nothing_and_say_nothing(build, dtype):  # noqa: F811
+def test_wide_weights_lose_nothing_and_say_nothing(build, dtype):
     trainer = build(Sharp, make_model("bert", dtype), optim="adasam")
     trainer.train()
     assert trainer._perturbation is None or trainer._perturbation.applied is None
     assert not any("sam_applied" in entry for entry in trainer.state.log_history)
 
 
-def test_a_lost_perturbation_is_told_once(build, monkeypatch):  # noqa: F811
+def test_a_lost_perturbation_is_told_once(build, monkeypatch):
     said = []
     monkeypatch.setattr("adasam_hf.doctor.logger.warning", said.append)
     model = make_model("bert", torch.bfloat16)

@@ -1,19 +1,14 @@
 """Random small models, windows, radii and groups: the Trainer's runs against NumPy, gradients included."""
 
-# ruff: noqa: F401  (pytest finds an imported fixture by its name)
-
-import math
 from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 import torch
-from conftest import flat
+from conftest import Sharp, flat
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import Oracle
-from test_features import quick_garbage_collection
-from test_trainer import Sharp
 from torch import nn
 
 from adasam_hf import AdaSAM, AdaSAMTrainingArguments

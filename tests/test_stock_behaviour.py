@@ -1,7 +1,5 @@
 """What the Trainer does around its steps: with radius 0 all of it is stock, with a radius all but the numbers."""
 
-# ruff: noqa: F401  (pytest finds an imported fixture by its name)
-
 from functools import partial
 from itertools import cycle
 
@@ -10,7 +8,6 @@ import pytest
 import torch
 from conftest import flat, make_model, make_rows
 from safetensors.torch import load_file
-from test_features import quick_garbage_collection
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
 from adasam_hf import AdaSAMTrainer, AdaSAMTrainingArguments

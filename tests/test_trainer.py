@@ -4,10 +4,10 @@ import os
 import numpy as np
 import pytest
 import torch
-from conftest import flat, make_model, make_rows
+from conftest import BETAS, EPS, LR, Plain, SeedSteps, Sharp, flat, make_model, make_rows
 from oracle import Oracle
 from torch.nn.functional import cross_entropy
-from torch.utils.data import IterableDataset, SequentialSampler
+from torch.utils.data import IterableDataset
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -21,62 +21,9 @@ from transformers import (
 from adasam_hf import (
     AdaSAM,
     AdaSAMSeq2SeqTrainer,
-    AdaSAMSeq2SeqTrainingArguments,
     AdaSAMTrainer,
-    AdaSAMTrainingArguments,
     SharpnessAwareTrainerMixin,
 )
-
-EPS, BETAS, LR = 1e-3, (0.9, 0.98), 1e-3
-
-
-class InOrder:
-    def _get_train_sampler(self, *_):
-        return SequentialSampler(self.train_dataset)
-
-
-class Plain(InOrder, Trainer):
-    pass
-
-
-class Sharp(InOrder, AdaSAMTrainer):
-    pass
-
-
-class SeedSteps(TrainerCallback):
-    """Gives each optimizer step randomness that a hand-written loop can reproduce."""
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        torch.manual_seed(100 + state.global_step)
-
-
-@pytest.fixture
-def build(tmp_path):
-    def build(kind, model, rows=None, callbacks=None, mend=True, folder="out", optimizers=(None, None), **kwargs):
-        arguments = AdaSAMTrainingArguments if issubclass(kind, SharpnessAwareTrainerMixin) else TrainingArguments
-        if issubclass(kind, AdaSAMSeq2SeqTrainer):
-            arguments = AdaSAMSeq2SeqTrainingArguments
-        extra = {k: kwargs.pop(k) for k in ("compute_loss_func", "optimizer_cls_and_kwargs") if k in kwargs}
-        defaults = {
-            "per_device_train_batch_size": 4,
-            "num_train_epochs": 1,
-            "learning_rate": LR,
-            "lr_scheduler_type": "constant",
-            "max_grad_norm": 0.0,
-            "save_strategy": "no",
-            "logging_steps": 1,
-        }
-        args = arguments(
-            output_dir=str(tmp_path / folder), use_cpu=True, report_to="none", disable_tqdm=True, **(defaults | kwargs)
-        )
-        rows = make_rows() if rows is None else rows
-        trainer = kind(model=model, args=args, train_dataset=rows, callbacks=callbacks, optimizers=optimizers, **extra)
-        if mend:  # classification heads only seem to divide by num_items_in_batch
-            trainer.model_accepts_loss_kwargs = False
-        return trainer
-
-    return build
-
 
 # ---- against a loop written by hand ----
 

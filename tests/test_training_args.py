@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import pickle
+import re
 import subprocess
 import sys
 
@@ -24,8 +25,7 @@ def make(tmp_path):
 
 
 def said(args) -> dict:
-    names = ("optim", "adam_beta2", "adam_epsilon", "sgd_momentum", "sam_rho", "sam_scope", "sam_sync", "sam_dropout")
-    return {name: getattr(args, name) for name in names}
+    return {name: getattr(args, name) for name in VALUES}
 
 
 VALUES = {
@@ -37,6 +37,16 @@ VALUES = {
     "sam_scope": "microbatch",
     "sam_sync": False,
     "sam_dropout": "fresh",
+    "sam_preset": "fast",
+    "sam_direction": "gradient",
+    "sam_adaptive": True,
+    "sam_ascent_fraction": 0.5,
+    "sam_parameters": "norm",
+    "sam_start": 0.25,
+    "sam_end": 0.75,
+    "sam_interval": 2,
+    "sam_reuse": True,
+    "sam_rho_schedule": "cosine",
 }
 
 
@@ -77,7 +87,7 @@ def test_help_explains_each_argument():
     text = HfArgumentParser(AdaSAMTrainingArguments).format_help()
     for name in (*VALUES, "optim"):
         assert f"--{name}" in text
-    for word in ("adasam", "amsgrad", "sgdm", "{batch,microbatch}", "{same,fresh}"):
+    for word in ("adasam", "amsgrad", "sgdm", "{batch,microbatch}", "{same,fresh}", "{full,fast,free}"):
         assert word in text
 
 
@@ -152,6 +162,18 @@ def test_set_optimizer(make):
         ("sam_rho", "much", "number"),
         ("sam_scope", "epoch", "batch, microbatch"),
         ("sam_dropout", "none", "same, fresh"),
+        ("sam_preset", "cheap", "full, fast, free"),
+        ("sam_direction", "up", "gradient, momentum"),
+        ("sam_rho_schedule", "step", "constant, linear, cosine, lr"),
+        ("sam_ascent_fraction", 0.0, r"\(0, 1\]"),
+        ("sam_ascent_fraction", 1.5, r"\(0, 1\]"),
+        ("sam_start", 1.0, "sam_start=0.7"),
+        ("sam_start", -0.1, "0 <= sam_start < sam_end"),
+        ("sam_end", 0.0, "0 <= sam_start < sam_end"),
+        ("sam_interval", 0, ">= 1"),
+        ("sam_interval", 1.5, "whole number"),
+        ("sam_reuse", True, "sam_interval"),
+        ("sam_parameters", "layer.(", "regular expression"),
         ("sgd_momentum", 1.0, r"\[0, 1\)"),
         ("sgd_momentum", None, r"\[0, 1\)"),
         ("adam_beta1", 1.5, r"\[0, 1\)"),
@@ -162,7 +184,7 @@ def test_set_optimizer(make):
 )
 @pytest.mark.parametrize("cls", CLASSES)
 def test_bad_values_are_named(make, cls, name, value, remedy):
-    with pytest.raises(ValueError, match=f"(?s){name}={value!r}.*{remedy}"):
+    with pytest.raises(ValueError, match=f"(?s){name}={re.escape(repr(value))}.*{remedy}"):
         make(cls, **{name: value})
 
 
@@ -201,3 +223,26 @@ def test_import_does_no_work():
     code = "import adasam_hf; [getattr(adasam_hf, n) for n in adasam_hf.__all__]; adasam_hf.nonsense"
     failed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "no attribute 'nonsense'" in failed.stderr
+
+
+def test_presets_stand_for_what_is_unset(make):
+    def resolved(**flags):
+        args = make(optim="adasam", **flags)
+        return args.resolved_direction, args.resolved_ascent_fraction
+
+    assert resolved() == resolved(sam_preset="full") == ("gradient", 1.0)
+    assert resolved(sam_preset="fast") == ("gradient", 0.25)
+    assert resolved(sam_preset="free") == ("momentum", 1.0)
+    assert resolved(sam_preset="fast", sam_ascent_fraction=0.5) == ("gradient", 0.5)
+    assert resolved(sam_preset="free", sam_direction="gradient") == ("gradient", 1.0)
+    args = make(optim="adasam", sam_preset="fast")
+    assert args.sam_ascent_fraction is None  # so that it is not carried along
+    assert dataclasses.replace(args, sam_preset="free").resolved_direction == "momentum"
+
+
+@pytest.mark.parametrize("flags", [{"sam_ascent_fraction": 0.5}, {"sam_reuse": True, "sam_interval": 2}])
+def test_what_a_momentum_has_no_use_for(make, flags):
+    with pytest.raises(ValueError, match=rf"{next(iter(flags))}=.* contradicts sam_direction='momentum'"):
+        make(optim="adasam", sam_direction="momentum", **flags)
+    with pytest.raises(ValueError, match="sgd_momentum above 0"):
+        make(optim="sam", sam_direction="momentum", sgd_momentum=0.0)

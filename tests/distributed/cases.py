@@ -6,6 +6,7 @@ runs every case of DDP (or FSDP2) and leaves FOLDER/<case>-<rank>.pt.
 """
 
 import hashlib
+import os
 import sys
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -15,13 +16,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from conftest import SIZE, make_model, make_rows
+from conftest import SIZE, Sharp, make_model, make_rows
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from torch.utils.data import SequentialSampler
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
-from adasam_hf import AdaSAMTrainer, AdaSAMTrainingArguments
+from adasam_hf import AdaSAMTrainingArguments
 from adasam_hf.perturbation import local
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -44,6 +44,11 @@ DDP = {
             "bucket view": {"gradient_accumulation_steps": 2, "bucket_view": True},
             "combined": COMBINED,
             "batchnorm": {"model": "batchnorm", "sam_rho": 1e-30},
+            "fraction": {"gradient_accumulation_steps": 2, "sam_ascent_fraction": 0.5, "model": "causal"},
+            "norm": {"gradient_accumulation_steps": 2, "sam_parameters": "norm"},
+            "momentum": {"gradient_accumulation_steps": 2, "sam_direction": "momentum"},
+            "adaptive": {"sam_adaptive": True},
+            "reuse": {"sam_interval": 2, "sam_reuse": True, "bucket_view": True},
         }.items()
     },
 }
@@ -53,6 +58,10 @@ FSDP = {
     "causal": {"gradient_accumulation_steps": 2, "model": "causal"},
     "any optimizer": {"optim": "adamw_torch", "sam_rho": 0.05},
     "clipping": {"gradient_accumulation_steps": 2, "max_grad_norm": 0.05},
+    "fraction": {"gradient_accumulation_steps": 2, "sam_ascent_fraction": 0.5, "model": "causal"},
+    "momentum": {"gradient_accumulation_steps": 2, "sam_direction": "momentum"},
+    "adaptive": {"sam_adaptive": True},
+    "reuse": {"sam_interval": 2, "sam_reuse": True},
     "combined": COMBINED,
     "combined plain": {**COMBINED, "sam_rho": 0.0},
 }
@@ -108,11 +117,6 @@ MODELS = {
     "unused": Unused,
     "batchnorm": BatchNormed,
 }
-
-
-class Sharp(AdaSAMTrainer):
-    def _get_train_sampler(self, *_):
-        return SequentialSampler(self.train_dataset)
 
 
 class Record(TrainerCallback):
@@ -208,4 +212,6 @@ if __name__ == "__main__":
             result = train(target, **case)
         torch.save(result, target / f"{name}-{torch.distributed.get_rank()}.pt")
         AcceleratorState._reset_state(reset_partial_state=False)
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+    os._exit(0)  # torch's threads sometimes abort the teardown of an interpreter that has had many reducers

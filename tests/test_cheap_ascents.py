@@ -1,0 +1,449 @@
+"""Each cheap ascent against a loop written by hand in float64."""
+
+import math
+
+import pytest
+import torch
+from conftest import LR, Plain, Sharp, flat, make_model, make_rows
+from test_trainer import Fingerprint, causal_model, causal_rows
+from transformers import TrainerCallback
+
+from adasam_hf import AdaSAM
+from adasam_hf.schedule import Schedule
+from adasam_hf.selection import choose_parameters, take_rows
+
+RHO = 0.05
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+SCOPES = pytest.mark.parametrize("scope", ["batch", "microbatch"])
+
+
+def bert(**config):
+    return make_model("bert", **NO_DROPOUT, **config)
+
+
+class ByHand:
+    """SAM over windows of micro-batches of 4 rows; `climb` says where from the clean weights the descent is taken."""
+
+    def __init__(self, model, optimizer, rho=RHO):
+        self.model, self.optimizer, self.rho = model.train(), optimizer, rho
+        self.params = dict(model.named_parameters())
+
+    def gradient(self, batches, rows=slice(None), total=None):
+        """Mean over micro-batches, or sum over `total` labels."""
+        for p in self.params.values():
+            p.grad = None
+        for batch in batches:
+            inputs = {key: torch.stack([r[key] for r in batch[rows]]) for key in batch[0]}
+            scale = {"num_items_in_batch": total} if total else {}
+            loss = self.model(**inputs, **scale).loss
+            (loss if total else loss / len(batches)).backward()
+        return {name: p.grad.clone() for name, p in self.params.items()}
+
+    def sphere(self, vectors, rho=None):
+        """ρ · v/‖v‖ over the given names."""
+        norm = math.sqrt(sum(v.square().sum().item() for v in vectors.values()))
+        return {name: (rho or self.rho) * v / norm for name, v in vectors.items()}
+
+    def run(self, rows, climb, k=1, batch=4, scope="batch"):
+        micro = [rows[i : i + batch] for i in range(0, len(rows), batch)]
+        for step, start in enumerate(range(0, len(micro), k)):
+            window = micro[start : start + k]
+            parts = [window] if scope == "batch" else [[b] for b in window]
+            total = {name: torch.zeros_like(p) for name, p in self.params.items()}
+            for part in parts:
+                clean = {name: p.detach().clone() for name, p in self.params.items()}
+                delta = climb(self, step, part)
+                with torch.no_grad():
+                    for name, d in delta.items():
+                        self.params[name].add_(d)
+                descent = self.gradient(part)
+                with torch.no_grad():
+                    for name, value in clean.items():
+                        self.params[name].copy_(value)
+                        total[name] += descent[name] / len(parts)
+            for name, p in self.params.items():
+                p.grad = total[name]
+            self.optimizer.step()
+        return flat(self.model)
+
+
+def hand_written(climb, scope="batch", k=2, optimizer=None, rho=RHO, rows=None):
+    model = bert()
+    optimizer = optimizer(model) if optimizer else torch.optim.SGD(model.parameters(), lr=LR)
+    return ByHand(model, optimizer, rho).run(make_rows() if rows is None else rows, climb, k, scope=scope)
+
+
+def trained(build, optim="sgd", k=2, rows=None, **flags):
+    trainer = build(Sharp, bert(), rows, optim=optim, gradient_accumulation_steps=k, sam_rho=RHO, **flags)
+    trainer.train()
+    return trainer
+
+
+def full(loop, _, part):
+    return loop.sphere(loop.gradient(part))
+
+
+def agree(got, want):
+    assert (flat(got) - want).abs().max() < 1e-14
+
+
+@SCOPES
+def test_the_loop_is_right_and_can_fail(build, scope):
+    agree(trained(build, sam_scope=scope).model, hand_written(full, scope))
+    other = hand_written(full, "microbatch" if scope == "batch" else "batch")
+    with pytest.raises(AssertionError):
+        agree(trained(build, sam_scope=scope).model, other)
+
+
+# ---- a share of the rows ----
+
+
+@SCOPES
+@pytest.mark.compat("Cheap ascents", "`sam_ascent_fraction`")
+def test_the_ascent_sees_its_share_of_the_rows(build, scope):
+    def half(loop, _, part):
+        return loop.sphere(loop.gradient(part, rows=slice(0, None, 2)))
+
+    trainer = trained(build, sam_scope=scope, sam_ascent_fraction=0.5, rows=make_rows(24))
+    agree(trainer.model, hand_written(half, scope, rows=make_rows(24)))
+    with pytest.raises(AssertionError):
+        agree(trainer.model, hand_written(full, scope, rows=make_rows(24)))
+
+
+def test_labels_are_counted_among_the_rows_that_are_seen(build):
+    """`num_items_in_batch` of the ascent is that of its own rows, so that its logged loss is a mean."""
+    seen = []
+
+    def loss_of(outputs, labels, num_items_in_batch):
+        counted = int((labels[..., 1:] != -100).sum())
+        seen.append((len(labels), counted, int(num_items_in_batch)))
+        return outputs.logits.double().square().sum() / num_items_in_batch
+
+    build(
+        Sharp,
+        causal_model(),
+        causal_rows()[:8],
+        mend=False,
+        compute_loss_func=loss_of,
+        optim="sgd",
+        sam_rho=RHO,
+        sam_ascent_fraction=0.5,
+        gradient_accumulation_steps=2,
+    ).train()
+    first, second = seen[:2], seen[2:]
+    assert [rows for rows, _, _ in first] == [2, 2] and [rows for rows, _, _ in second] == [4, 4]
+    for passes in (first, second):
+        assert {items for _, _, items in passes} == {sum(counted for _, counted, _ in passes)}
+
+
+@SCOPES
+def test_a_share_uses_the_randomness_of_a_plain_run(build, scope):
+    """Radius 1e-30 moves nothing, so with dropout on weights and random stream must be those of stock."""
+    results = []
+    for kind, more in ((Plain, {}), (Sharp, {"sam_rho": 1e-30, "sam_scope": scope, "sam_ascent_fraction": 0.5})):
+        marks = Fingerprint()
+        model = make_model("bert", torch.float32)
+        build(kind, model, callbacks=[marks], mend=False, gradient_accumulation_steps=2, **more).train()
+        results.append((flat(model), marks.states))
+    (want, want_states), (got, states) = results
+    assert torch.equal(got, want)
+    assert all(torch.equal(a, b) for a, b in zip(states, want_states, strict=True))
+
+
+def padded(lengths, width, left=False):
+    mask = torch.zeros(len(lengths), width, dtype=torch.long)
+    for row, length in zip(mask, lengths, strict=True):
+        row[width - length :] = 1 if left else 0
+        if not left:
+            row[:length] = 1
+    ids = torch.arange(mask.numel()).view_as(mask)
+    return {"input_ids": ids, "attention_mask": mask, "labels": torch.arange(len(lengths)), "flag": True}
+
+
+def test_rows_are_evenly_spaced_and_padding_is_cut():
+    batch = padded([30, 5, 6, 7, 11, 9, 3, 2], 32)
+    taken = take_rows(batch, 0.25)
+    assert taken["labels"].tolist() == [0, 4]
+    assert taken["input_ids"].shape == (2, 32)  # 30 in a multiple of 8
+    taken = take_rows(padded([5, 30, 6, 7, 11, 9, 3, 2], 32), 0.25)
+    assert taken["input_ids"].shape == taken["attention_mask"].shape == (2, 16)
+    assert torch.equal(taken["input_ids"], batch["input_ids"][[0, 4], :16])
+    assert taken["flag"] is True
+    taken = take_rows(padded([5, 30, 6, 7, 11, 9, 3, 2], 32, left=True), 0.25)
+    assert torch.equal(taken["input_ids"], batch["input_ids"][[0, 4], 16:])
+    assert take_rows(batch, 1e-9)["labels"].tolist() == [0]
+    assert take_rows({"x": torch.arange(6.0), "scale": torch.tensor(2.0)}, 0.5)["x"].tolist() == [0, 2, 4]
+    assert len(batch["labels"]) == 8  # the batch itself is left alone
+
+
+def test_a_row_of_padding_is_left_alone():
+    batch = padded([0, 0], 16)
+    assert take_rows(batch, 0.5)["input_ids"].shape == (1, 16)
+
+
+# ---- some of the parameters ----
+
+
+@SCOPES
+@pytest.mark.parametrize("which", ["norm", r"layer\.1\.attention"])
+@pytest.mark.compat("Cheap ascents", "`sam_parameters`")
+def test_the_chosen_parameters_climb_alone(build, scope, which):
+    word = {"norm": "LayerNorm"}.get(which, "layer.1.attention")
+
+    def some(loop, _, part):
+        return loop.sphere({name: g for name, g in loop.gradient(part).items() if word in name})
+
+    trainer = trained(build, sam_scope=scope, sam_parameters=which)
+    agree(trainer.model, hand_written(some, scope))
+    with pytest.raises(AssertionError):
+        agree(trainer.model, hand_written(full, scope))
+
+
+def test_the_ascent_computes_no_other_weight_gradient(build):
+    model = bert()
+    model.register_forward_pre_hook(
+        lambda *_: seen.append({name for name, p in model.named_parameters() if p.requires_grad})
+    )
+    seen = []
+    trainer = build(Sharp, model, make_rows(4), optim="adasam", sam_parameters="norm")
+    trainer.train()
+    every = {name for name, _ in model.named_parameters()}
+    assert seen == [{name for name in every if "LayerNorm" in name}, every]
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_failure_leaves_all_parameters_trainable(build):
+    model = bert()
+
+    def fail(*_):
+        raise RuntimeError("in the first pass")
+
+    model.register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="in the first pass"):
+        build(Sharp, model, optim="adasam", sam_parameters="norm").train()
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_choice_of_nothing_is_an_error(build):
+    with pytest.raises(ValueError, match=r"sam_parameters='lora' names no trainable parameter.*bert\.embeddings"):
+        build(Sharp, bert(), optim="adasam", sam_parameters="lora").train()
+    model = bert()
+    model.bert.requires_grad_(False)
+    with pytest.raises(ValueError, match="'norm'"):
+        choose_parameters(model, "norm")
+    assert choose_parameters(model, "all") is None
+    assert choose_parameters(model, "classifier") == list(model.classifier.parameters())
+
+
+@pytest.mark.compat("Cheap ascents", "`sam_parameters` and reentrant checkpointing", refused=True)
+def test_reentrant_checkpointing_is_refused(build):
+    flags = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+    with pytest.raises(NotImplementedError, match=r"sam_parameters='norm'.*use_reentrant"):
+        build(Sharp, bert(), optim="adasam", sam_parameters="norm", **flags).train()
+
+
+# ---- when, and how far ----
+
+
+@pytest.mark.parametrize(
+    ("schedule", "steps"),
+    [
+        (Schedule(), range(10)),
+        (Schedule(start=0.7), [7, 8, 9]),
+        (Schedule(start=0.65), [7, 8, 9]),
+        (Schedule(end=0.3), [0, 1, 2]),
+        (Schedule(start=0.2, end=0.9, interval=3), [2, 5, 8]),
+        (Schedule(interval=4), [0, 4, 8]),
+    ],
+)
+def test_steps_that_climb(schedule, steps):
+    assert [t for t in range(10) if schedule.climbs(t, 10)] == list(steps)
+
+
+@pytest.mark.parametrize("start", [0.0, 0.5])
+def test_radii_at_the_ends(start):
+    first, stop = int(100 * start), 100
+    middle = (first + stop) // 2
+    for shape, ends in {"constant": (1, 1, 1), "linear": (1, 0.5, 0), "cosine": (1, 0.5, 0)}.items():
+        schedule = Schedule(start=start, shape=shape)
+        got = [schedule.factor(t, 100) for t in (first, middle, stop)]
+        assert got == pytest.approx(ends, abs=1e-12)
+        assert 0 < schedule.factor(stop - 1, 100) <= 1
+    assert Schedule(start=start, shape="cosine").factor(first + (stop - first) // 4, 100) == pytest.approx(
+        (1 + math.sqrt(0.5)) / 2, abs=0.02
+    )
+    assert Schedule(shape="lr").factor(3, 100, lr_share=0.25) == 0.25
+
+
+class Passes(TrainerCallback):
+    """Forward passes in training mode, by step."""
+
+    def __init__(self, model):
+        self.count, self.by_step = 0, []
+        model.register_forward_pre_hook(self.add)
+
+    def add(self, *_):
+        self.count += 1
+
+    def on_step_end(self, *args, **kwargs):
+        self.by_step.append(self.count)
+        self.count = 0
+
+
+@SCOPES
+@pytest.mark.compat("Cheap ascents", "`sam_start`, `sam_end`, `sam_interval`, `sam_rho_schedule`")
+def test_the_trainer_climbs_when_the_schedule_says(build, scope):
+    flags = {"sam_start": 0.25, "sam_interval": 2, "sam_rho_schedule": "linear", "num_train_epochs": 4}
+
+    def climb(loop, step, part):
+        return loop.sphere(loop.gradient(part), RHO * (1 - (step - 3) / 9)) if step in (3, 5, 7, 9, 11) else {}
+
+    model = bert()
+    passes = Passes(model)
+    trainer = build(
+        Sharp,
+        model,
+        callbacks=[passes],
+        optim="sgd",
+        sam_rho=RHO,
+        gradient_accumulation_steps=2,
+        sam_scope=scope,
+        **flags,
+    )
+    trainer.train()
+    # 22 rows: 6 micro-batches in 3 steps for each of 4 epochs
+    assert passes.by_step == [2, 2, 2] + [4, 2] * 4 + [4]
+    loop = ByHand(bert(), None)
+    loop.optimizer = torch.optim.SGD(loop.model.parameters(), lr=LR)
+    counter = iter(range(12))
+    for _ in range(4):
+        steps = [next(counter) for _ in range(3)]
+        loop.run(make_rows(), lambda loop, step, part, steps=steps: climb(loop, steps[step], part), 2, scope=scope)
+    agree(model, flat(loop.model))
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["sam_rho"] for entry in logs] == pytest.approx(
+        [RHO * (1 - (t - 3) / 9) if t in (3, 5, 7, 9, 11) else 0.0 for t in range(12)]
+    )
+    assert ["sam_gap" in entry for entry in logs] == [t in (3, 5, 7, 9, 11) for t in range(12)]
+
+
+def test_the_radius_follows_the_learning_rate(build):
+    trainer = trained(build, k=1, sam_rho_schedule="lr", lr_scheduler_type="linear", warmup_steps=2, num_train_epochs=1)
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    # step t has the rate that was set after step t - 1; logged is the one set after step t
+    assert [entry["sam_rho"] for entry in logs] == pytest.approx([RHO * s for s in (0, 0.5, 1, 0.75, 0.5, 0.25)])
+
+
+@SCOPES
+@pytest.mark.compat("Cheap ascents", "`sam_interval` with `sam_reuse`")
+def test_the_last_direction_again(build, scope):
+    kept = {}
+
+    def climb(loop, step, part):
+        if step % 3 == 0:
+            kept["g"] = loop.gradient(part)
+        return loop.sphere(kept["g"])
+
+    trainer = trained(build, k=1, sam_scope=scope, sam_interval=3, sam_reuse=True)
+    agree(trainer.model, hand_written(climb, scope, k=1))
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert ["sam_gap" in entry for entry in logs] == [True, False, False] * 2
+    assert {entry["sam_rho"] for entry in logs} == {RHO}
+
+
+# ---- along the momentum ----
+
+MOMENTA = {
+    "adasam": lambda model: AdaSAM(model.parameters(), lr=LR),
+    "adamw_torch": lambda model: torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0),
+    "sam": lambda model: torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9),
+}
+
+
+@SCOPES
+@pytest.mark.parametrize("optim", MOMENTA)
+@pytest.mark.compat("Cheap ascents", "`sam_direction=momentum`")
+def test_along_the_momentum(build, scope, optim):
+    """One pass at w − ρ·m/‖m‖, the first at w."""
+
+    def climb(loop, step, _):
+        if step == 0:
+            return {}
+        state = loop.optimizer.state
+        key = "momentum_buffer" if optim == "sam" else "exp_avg"
+        return loop.sphere({name: -state[p][key] for name, p in loop.params.items()})
+
+    model = bert()
+    passes = Passes(model)
+    flags = {"optim": optim, "sam_rho": RHO, "gradient_accumulation_steps": 2, "sam_scope": scope}
+    trainer = build(Sharp, model, callbacks=[passes], sam_direction="momentum", **flags)
+    trainer.train()
+    assert passes.by_step == [2, 2, 2]
+    want = hand_written(climb, optimizer=MOMENTA[optim])
+    assert (flat(model) - want).abs().max() < 1e-12
+    uphill = hand_written(lambda *a: {n: -d for n, d in climb(*a).items()}, optimizer=MOMENTA[optim])
+    assert (flat(model) - uphill).abs().max() > 1e-8  # the control: +m
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert not any("sam_gap" in entry for entry in logs) and {entry["sam_rho"] for entry in logs} == {RHO}
+
+
+def test_an_optimizer_without_momentum_is_an_error(build):
+    with pytest.raises(RuntimeError, match=r"sam_direction='momentum'.*keeps no first moment"):
+        build(Sharp, bert(), optim="adafactor", sam_rho=RHO, sam_direction="momentum").train()
+    with pytest.raises(RuntimeError, match="keeps no first moment"):
+        build(Sharp, bert(), optim="sgd", sam_rho=RHO, sam_direction="momentum").train()
+
+
+# ---- relative to the weights ----
+
+
+@SCOPES
+@pytest.mark.compat("Cheap ascents", "`sam_adaptive`")
+def test_relative_to_the_weights(build, scope):
+    def adaptive(loop, _, part):
+        gradient = loop.gradient(part)
+        t = {name: loop.params[name].detach().abs() + 0.01 for name in gradient}
+        norm = math.sqrt(sum((t[name] * g).square().sum().item() for name, g in gradient.items()))
+        return {name: RHO * t[name] ** 2 * g / norm for name, g in gradient.items()}
+
+    trainer = trained(build, sam_scope=scope, sam_adaptive=True)
+    agree(trainer.model, hand_written(adaptive, scope))
+
+
+# ---- together ----
+
+
+@SCOPES
+@pytest.mark.compat("Cheap ascents", "fraction × parameters × adaptive × interval × schedule")
+def test_all_at_once(build, scope):
+    def climb(loop, step, part):
+        if step % 2:
+            return {}
+        gradient = loop.gradient(part, rows=slice(0, None, 2))
+        chosen = {name: g for name, g in gradient.items() if "LayerNorm" in name}
+        t = {name: loop.params[name].detach().abs() + 0.01 for name in chosen}
+        norm = math.sqrt(sum((t[name] * g).square().sum().item() for name, g in chosen.items()))
+        rho = RHO * (1 + math.cos(math.pi * step / 3)) / 2
+        return {name: rho * t[name] ** 2 * g / norm for name, g in chosen.items()}
+
+    flags = {"sam_ascent_fraction": 0.5, "sam_parameters": "norm", "sam_adaptive": True, "sam_interval": 2}
+    trainer = trained(build, sam_scope=scope, sam_rho_schedule="cosine", rows=make_rows(24), **flags)
+    agree(trainer.model, hand_written(climb, scope, rows=make_rows(24)))
+
+
+@pytest.mark.parametrize(
+    ("flags", "first_pass"),
+    [
+        ({}, 1.0),
+        ({"sam_ascent_fraction": 0.25}, 0.25),
+        ({"sam_parameters": "norm"}, 2 / 3),
+        ({"sam_direction": "momentum"}, 0.0),
+        ({"sam_start": 0.5}, 0.5),
+    ],
+)
+def test_flops(build, flags, first_pass):
+    totals = [
+        (t := build(kind, bert(), make_rows(16), optim=optim, **more), t.train(), t.state.total_flos)[-1]
+        for kind, optim, more in ((Plain, "adamw_torch", {}), (Sharp, "adasam", flags))
+    ]
+    assert totals[1] == pytest.approx(totals[0] * (1 + first_pass), rel=1e-6)
