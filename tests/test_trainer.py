@@ -122,6 +122,7 @@ class HandWritten:
 
 CASES = {
     "plain": {},
+    "halves": {"k": 2},
     "accumulation": {"k": 4},  # 6 micro-batches: the last window is shorter, and so is its last micro-batch
     "label smoothing": {"smoothing": 0.1, "k": 4},
     "clipping": {"clip": 0.05, "k": 2},
@@ -151,7 +152,20 @@ def trained(build, head, optim, scope, k=1, smoothing=0.0, clip=0.0, decay=0.0, 
 @pytest.mark.parametrize("scope", ["batch", "microbatch"])
 @pytest.mark.parametrize("optim", ["adasam", "sam"])
 @pytest.mark.parametrize("head", ["bert", "roberta"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=pytest.mark.compat("Accumulation", f"classification heads: {what}"))
+        for case, what in {
+            "plain": "k = 1",
+            "halves": "k = 2",
+            "accumulation": "k = 4, shorter last window",
+            "label smoothing": "label smoothing",
+            "clipping": "clipping",
+            "everything": "label smoothing × clipping × weight decay",
+        }.items()
+    ],
+)
 def test_equals_a_hand_written_loop(build, head, case, optim, scope):
     trainer = trained(build, head, optim, scope, **CASES[case])
     want, want_logs = HandWritten(head, optim, scope, **{"k": 1, **CASES[case]}).run(make_rows())
@@ -227,6 +241,7 @@ SETTINGS = {
 }
 
 
+@pytest.mark.compat("Trainer behaviour", "radius 0 is the stock run bit for bit (AdamW, SGD, Adafactor)")
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "sgd", "adafactor"])
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_radius_zero_is_the_stock_run(build, setting, optim):
@@ -275,7 +290,18 @@ def causal_model():
     ).double()
 
 
-@pytest.mark.parametrize("scope", ["batch", "microbatch"])
+@pytest.mark.parametrize(
+    "scope",
+    [
+        pytest.param(
+            "batch",
+            marks=pytest.mark.compat(
+                "Accumulation", "8×1 = 4×2 = 2×4, classification and causal LM, shorter last window"
+            ),
+        ),
+        "microbatch",
+    ],
+)
 @pytest.mark.parametrize("kind", ["classification", "causal"])
 def test_micro_batches_equal_one_batch(build, kind, scope):
     """8×1 = 4×2 = 2×4 per step, also in the last window of 2; in microbatch scope, by design, not."""
@@ -340,6 +366,19 @@ def test_unsized_data_carries_left_over_gradients_as_stock_does(build, scope):
     assert torch.equal(*results)
 
 
+@pytest.mark.parametrize("scope", ["batch", "microbatch"])
+@pytest.mark.compat("Accumulation", "custom `compute_loss_func`")
+def test_a_custom_loss_equals_a_hand_written_loop(build, scope):
+    def mean(outputs, labels, num_items_in_batch=None):
+        return cross_entropy(outputs.logits, labels) / trainer.current_gradient_accumulation_steps
+
+    flags = {"optim": "adasam", "adam_epsilon": EPS, "sam_scope": scope, "gradient_accumulation_steps": 4}
+    trainer = build(Sharp, make_model("bert"), callbacks=[SeedSteps()], compute_loss_func=mean, **flags)
+    trainer.train()
+    want, _ = HandWritten("bert", "adasam", scope, k=4).run(make_rows())
+    assert np.abs(flat(trainer.model).numpy() - want).max() < 1e-13
+
+
 def test_a_custom_loss_is_the_same_in_both_passes(build):
     """The Trainer takes the labels out of the inputs for it; both passes must still find them."""
     seen = []
@@ -381,6 +420,7 @@ class Watch(TrainerCallback):
 
 
 @pytest.mark.parametrize("scope", ["batch", "microbatch"])
+@pytest.mark.compat("Interruption", "callbacks see clean weights")
 def test_callbacks_see_clean_weights(build, scope):
     watch = Watch()
     build(
