@@ -14,7 +14,7 @@ from .optim import AdaSAM
 from .perturbation import check_radius
 from .schedule import SHAPES, Schedule, Shape
 
-DEFAULT_RHO = 0.05
+DEFAULT_RHO = {"gradient": 0.05, "momentum": 0.4}  # by direction
 # The paper's four methods: two updates, each with and without the ascent.
 ADASAM_NAMES = ("adasam", "amsgrad")
 SGD_NAMES = ("sam", "sgdm")
@@ -67,7 +67,7 @@ class SharpnessAwareArgumentsMixin:
         default=None,
         metadata={
             "help": "Radius ρ of the ascent, in weight units. Above 0 it makes any optimizer sharpness-aware. "
-            "Unset: 0.05 for adasam and sam, 0 for the others."
+            "Unset: 0.05 for adasam and sam (0.4 along the momentum), 0 for the others."
         },
     )
     sam_scope: Scope = field(
@@ -282,7 +282,7 @@ class SharpnessAwareArgumentsMixin:
         """The radius that the arguments alone imply; an `AdaSAM` instance given to the trainer brings its own."""
         if self.sam_rho is not None:
             return self.sam_rho
-        return DEFAULT_RHO if self.optim in RADIUS_ZERO.values() else 0.0
+        return DEFAULT_RHO[self.resolved_direction] if self.optim in RADIUS_ZERO.values() else 0.0
 
     def stock(self) -> "SharpnessAwareArgumentsMixin":
         """A copy as Transformers reads it: its own β2 and ε where unset."""

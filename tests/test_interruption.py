@@ -75,7 +75,7 @@ def check_same(got, want, since):
     assert len(got["begun"]) == STEPS - since
     assert torch.equal(got["weights"], want["weights"])
     assert torch.equal(got["random"], want["random"])
-    assert got["logs"] == want["logs"] and len(got["logs"]) == STEPS
+    assert got["logs"] == want["logs"]  # those of process 0, which are saved
 
 
 def check_resumes(folder, case, want, since):

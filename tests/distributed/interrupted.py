@@ -152,7 +152,7 @@ def train(folder: Path, result: Path, **options) -> None:
     outcome = {
         "weights": weights_of(trainer.model),
         "begun": trainer.watch.begun,
-        "logs": [entry for entry in trainer.state.log_history if "loss" in entry],
+        "logs": [e for e in trainer.state.log_history if "loss" in e and trainer.is_world_process_zero()],
         "random": torch.get_rng_state(),
         "sharded": any(hasattr(p, "full_tensor") for p in trainer.model.parameters()),
     }
