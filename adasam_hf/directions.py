@@ -1,6 +1,7 @@
-"""Along what the weights climb. A new direction is one class here and one name in `DIRECTIONS`."""
+"""Along what the weights climb. A new direction is one class here and its name at the end."""
 
 from abc import ABC, abstractmethod
+from typing import Literal
 
 from torch import Tensor
 
@@ -66,4 +67,5 @@ class Last(Direction):
         return self.gradients.get(p)
 
 
-DIRECTIONS = {"gradient": Gradient, "momentum": Momentum}
+DirectionName = Literal["gradient", "momentum"]
+DIRECTIONS: dict[DirectionName, type[Direction]] = {"gradient": Gradient, "momentum": Momentum}

@@ -83,9 +83,13 @@ class Watch:
 
     Too large: for many steps on end the loss at w + δ is more than twice the highest loss at w so far, which the run
     usually starts with. The neighbourhood of that radius then knows less than the untrained model.
+
+    Args:
+        rho: the radius of the arguments, before any schedule.
     """
 
-    def __init__(self):
+    def __init__(self, rho: float):
+        self._rho = rho
         self._highest = 0.0
         self._steps_far = 0
         self._told: set[str] = set()
@@ -95,19 +99,18 @@ class Watch:
         self._highest = max(self._highest, logs["loss"])
         far = logs["sam_loss"] > _FAR * self._highest or logs["sam_loss"] != logs["sam_loss"]
         self._steps_far = self._steps_far + steps if far else 0
-        rho = logs["sam_rho"]
         if self._steps_far >= _PATIENCE:
             self._tell(
                 "far",
-                f"sam_rho={rho:g} looks far too large: for {self._steps_far} steps the perturbed loss "
+                f"sam_rho={self._rho:g} looks far too large: for {self._steps_far} steps the perturbed loss "
                 f"({logs['sam_loss']:.3g}) has been more than {_FAR:g} times the highest loss of this run "
-                f"({self._highest:.3g}); try sam_rho={rho / 4:.1g}",
+                f"({self._highest:.3g}); try sam_rho={self._rho / 4:.1g}",
             )
         if logs.get("sam_applied", 1.0) < 0.5:
             self._tell(
                 "lost",
                 f"rounding to half-precision weights leaves {logs['sam_applied']:.0%} of the perturbation of radius "
-                f"{rho:g}; load the model in float32 (dtype=torch.float32) and train with bf16=True instead",
+                f"{logs['sam_rho']:g}; load the model in float32 (dtype=torch.float32), with bf16=True for speed",
             )
 
     def _tell(self, what: str, message: str) -> None:

@@ -68,7 +68,7 @@ class SharpnessAwareTrainerMixin:
         self._rho_share = 1.0  # of the radii, in the coming step
         self._window_size = 0
         self._ascent_items: Tensor | int | None = None  # `num_items_in_batch` of the rows that the ascent sees
-        self._watch = doctor.Watch()
+        self._watch: doctor.Watch | None = None
         self._forget_window()
         self._forget_losses()
         super().__init__(model, args, *more, **kwargs)
@@ -117,7 +117,7 @@ class SharpnessAwareTrainerMixin:
                     f"betas={adasam.param_groups[0]['betas']} without warm-up: AdaSAM has no bias correction, so its "
                     "first steps are several times the learning rate; use adam_beta2=0.98 or warmup_steps"
                 )
-        self._watch = doctor.Watch()
+        self._watch = doctor.Watch(max(self._radii))
         if self.is_world_process_zero():
             doctor.logger.warning_advice(doctor.describe(self, self._radii, self._chosen))
         self._plan_step()
@@ -169,7 +169,7 @@ class SharpnessAwareTrainerMixin:
         self._forget_window()
         self._plan_step()
         self._sharp_steps += bool(self._rho_share and self._direction.first_pass)
-        if (share := self.args.resolved_ascent_fraction) < 1:
+        if (share := self.args.resolved_ascent_fraction) < 1 and self._rho_share:
             rows = [take_rows(batch, share) for batch in samples]
             self._ascent_items = self._get_num_items_in_batch(rows, self.args.device)
         return samples, num_items_in_batch

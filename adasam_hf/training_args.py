@@ -9,7 +9,7 @@ import torch
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from .directions import DIRECTIONS
+from .directions import DIRECTIONS, DirectionName
 from .optim import AdaSAM
 from .perturbation import check_radius
 from .schedule import SHAPES, Schedule, Shape
@@ -23,7 +23,6 @@ OPTIM_ARGS = {"adasam": {"foreach", "fused"}, "sam": {"foreach", "fused", "neste
 
 Scope = Literal["batch", "microbatch"]
 Dropout = Literal["same", "fresh"]
-DirectionName = Literal["gradient", "momentum"]
 Preset = Literal["full", "fast", "free"]
 
 # What a preset stands for where the argument itself is unset; measured in results/benchmark_flatness/table.md.

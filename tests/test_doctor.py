@@ -52,7 +52,7 @@ def logs(loss, sam_loss, rho=0.2, **more):
 
 @pytest.mark.parametrize("bad", [1.6, float("nan")])
 def test_a_radius_far_too_large_is_told_once(said, bad):
-    watch = doctor.Watch()
+    watch = doctor.Watch(0.2)
     for _ in range(3):
         watch(logs(0.7, 0.9), steps=10)
     watch(logs(0.7, bad), steps=10)
@@ -65,7 +65,7 @@ def test_a_radius_far_too_large_is_told_once(said, bad):
 
 def test_a_sharp_minimum_is_no_alarm(said):
     """Late in training the loss is small, and a perturbed loss of many times it is what SAM is for."""
-    watch = doctor.Watch()
+    watch = doctor.Watch(0.2)
     watch(logs(0.7, 0.9), steps=10)
     for _ in range(20):
         watch(logs(0.01, 0.5), steps=10)
@@ -73,7 +73,7 @@ def test_a_sharp_minimum_is_no_alarm(said):
 
 
 def test_steps_in_a_row(said):
-    watch = doctor.Watch()
+    watch = doctor.Watch(0.2)
     for _ in range(10):
         watch(logs(0.7, 9.0), steps=10)
         watch(logs(0.7, 0.9), steps=10)
