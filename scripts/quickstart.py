@@ -2,7 +2,7 @@
 """AdaSAM beside AMSGrad (the same at radius 0) on real sentences, from packages alone.
 
 Fine-tunes MiniLM on Rotten Tomatoes as configs/quickstart.yaml says, once with each, and prints what came out. Data,
-models, records and results.json go to --output_dir.
+models, records and results.json go to --output_dir. Further arguments go to scripts/run_glue.py.
 """
 
 import argparse
@@ -103,7 +103,7 @@ def main() -> None:
         {**provenance(), "config": CONFIG.read_text(), "sam_rho": args.sam_rho, "more": more, "rows": rows},
     )
     print(f"\n{table(rows)}\n")
-    print("accuracy: on held-out sentences; sam_gap: how much the loss rises at the worst weights within the radius,")
+    print("accuracy: on held-out sentences; sam_gap: how much the loss rises one gradient step of the radius away,")
     print(f"lower is flatter; seconds: of training. Written to {args.output_dir}/results.json")
 
 

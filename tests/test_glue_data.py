@@ -117,7 +117,10 @@ def test_file_formats(write, name, text):
 def test_label_names_and_pairs(write):
     train = write("train.csv", "premise,hypothesis,gold\na,b,yes\nc,d,no\ne,f,maybe\n")
     dev = write("dev.csv", "premise,hypothesis,gold\na,b,no\n")
-    task, data = load_files(None, {"train": train, "validation": dev}, None, "gold", ["train", "validation"])
+    files = {"train": train, "validation": dev}
+    with pytest.raises(ValueError, match=r"text_column_names is not set.*name one or two"):
+        load_files(None, files, None, "gold", ["train", "validation"])  # one of two may be an id
+    task, data = load_files(None, files, ["premise", "hypothesis"], "gold", ["train", "validation"])
     assert (task.texts, task.labels) == (("premise", "hypothesis"), ("maybe", "no", "yes"))
     assert list(data["train"]["label"]) == [2, 1, 0]
     assert list(data["validation"]["label"]) == [1]

@@ -189,6 +189,16 @@ def test_both_scores_of_mnli_and_a_head_in_another_order(flags, tiny, tmp_path):
         main([*job, f"--model_name_or_path={tmp_path / 'other'}", f"--tokenizer_name={tiny}"])
 
 
+def test_a_head_for_other_labels_predicts_nothing(flags, files, tiny, tmp_path):
+    other = BertForSequenceClassification.from_pretrained(tiny)
+    other.config.id2label = {0: "ham", 1: "spam"}
+    other.save_pretrained(tmp_path / "other")
+    job = [*flags, *files, f"--model_name_or_path={tmp_path / 'other'}", f"--tokenizer_name={tiny}"]
+    with pytest.raises(ValueError, match=r"head for the labels \['ham', 'spam'\].*or train"):
+        main([*job, "--do_predict"])
+    main([*job, "--do_train", "--max_steps=1"])  # which gives the head its new names
+
+
 @pytest.mark.parametrize("rho", ["-1", "0", "nan", "inf"])
 def test_the_quickstart_checks_its_radius_first(rho, tmp_path):
     words = [

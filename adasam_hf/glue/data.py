@@ -61,8 +61,8 @@ def load_files(
 ) -> tuple[Task, DatasetDict]:
     """Splits from CSV, TSV, JSON or JSON-lines files: split name → path.
 
-    Without a `task`, one is made from the training file: `text_columns` (by default the columns of text that are not
-    the label, of which there may be two), label names in sorted order, or regression if the labels are fractions.
+    Without a `task`, one is made from the training file: `text_columns` (by default the column of text that is not
+    the label, if there is just one), label names in sorted order, or regression if the labels are fractions.
 
     Raises:
         FileNotFoundError: for a missing file.
@@ -93,7 +93,7 @@ def load_files(
             )
     if not texts:
         texts = [c for c, f in data["train"].features.items() if c != label_column and _is_text(f)]
-        if len(texts) not in (1, 2):
+        if len(texts) != 1:  # of two, one may be an id
             raise ValueError(f"text_column_names is not set, and these could be meant: {texts}; name one or two")
     data = DatasetDict({s: _named_label(rows, label_column) for s, rows in data.items()})
     task = _infer_task(data["train"], tuple(texts)) if task is None else replace(task, texts=tuple(texts))
@@ -139,7 +139,8 @@ def _indexed(rows: Dataset, task: Task) -> Dataset:
 def _checked(data: DatasetDict, task: Task, splits: Iterable[str], where: str) -> DatasetDict:
     for split in splits:
         if split not in data:
-            raise ValueError(f"{where}: no split {split!r} for task {task.name!r}, only {sorted(data)}")
+            remedy = f"; pass --{split}_file" if where == "the files" else ""
+            raise ValueError(f"{where}: no split {split!r} for task {task.name!r}, only {sorted(data)}{remedy}")
         rows = data[split]
         if missing := set(task.texts) - set(rows.column_names):
             raise ValueError(f"{where}: split {split!r} has no column {sorted(missing)}, only {rows.column_names}")

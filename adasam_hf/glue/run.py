@@ -1,6 +1,7 @@
 """One fine-tuning run: arguments → model, scores, predictions and a record."""
 
 import json
+import re
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -75,7 +76,10 @@ class DataArguments:
             self.task_name = self.task_name.lower()
             get_task(self.task_name)
         elif self.train_file is None:
-            raise ValueError(f"task_name and train_file are not set; name a task ({', '.join(TASKS)}) or a file")
+            raise ValueError(
+                f"task_name and train_file are not set; name a task ({', '.join(TASKS)}) or a file (which defines the "
+                "labels, so it is needed also where nothing is trained)"
+            )
         for name in ("max_seq_length", "max_train_samples", "max_eval_samples", "max_predict_samples"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -152,7 +156,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: GlueTraining
     checkpoint = _find_checkpoint(args)
     task, data = _load_data(data_args, args, model_args)
     set_seed(args.seed)
-    model, tokenizer = _load_model(model_args, task)
+    model, tokenizer = _load_model(model_args, task, args.do_train)
     data = _tokenize(data, task, tokenizer, data_args, args)
 
     trainer = AdaSAMTrainer(
@@ -266,7 +270,7 @@ def _load_data(
     return task, DatasetDict({split: _head(data[split], counts[split]) for split in splits})
 
 
-def _load_model(model_args: ModelArguments, task: Task):
+def _load_model(model_args: ModelArguments, task: Task, trains: bool):
     path = resolve_path(model_args.model_name_or_path)
     if path.startswith((".", "/", "~")) and not Path(path).expanduser().is_dir():
         raise FileNotFoundError(f"model_name_or_path={path!r} is no folder; give one with a config.json, or a hub name")
@@ -277,10 +281,17 @@ def _load_model(model_args: ModelArguments, task: Task):
     }
     labels = list(task.labels)
     found = [name.lower() for _, name in sorted(AutoConfig.from_pretrained(path, **common).id2label.items())]
-    if found != labels and sorted(found) == sorted(labels):
+    wanted = [name.lower() for name in labels]
+    if found != wanted and sorted(found) == sorted(wanted):
         raise ValueError(
             f"model_name_or_path={model_args.model_name_or_path!r} has a head with labels in the order {found}, the "
             f"task has {labels}: scores would be wrong; start from the model without that head"
+        )
+    named = not all(re.fullmatch(r"label_\d+", name) for name in found)
+    if not trains and named and labels and set(found) != set(wanted):
+        raise ValueError(
+            f"model_name_or_path={model_args.model_name_or_path!r} has a head for the labels {found}, the task has "
+            f"{labels}: its predictions would be given the wrong names; use the data that it was trained for, or train"
         )
     config = AutoConfig.from_pretrained(
         path,
