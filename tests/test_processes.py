@@ -133,6 +133,14 @@ def test_fsdp2_follows_one_process(fsdp, tmp_path, name):
     check_logs(got, want, FSDP[name], rel=1e-3)
 
 
+@pytest.mark.compat("Many processes", "FSDP2 with CPU offload", scope="batch")
+def test_fsdp2_offload():
+    """torch's FSDP2 copies to an accelerator and back, and raises "Cannot access accelerator device" without one."""
+    if not torch.accelerator.is_available():
+        pytest.skip("torch's FSDP2 offloads from an accelerator only, and there is none")
+    pytest.skip("nobody has run it on an accelerator yet")
+
+
 @pytest.mark.compat("Many processes", "FSDP2 × accumulation × bf16 × clipping", scope="batch")
 def test_fsdp2_in_bf16_strays_no_farther_than_a_plain_run(fsdp, tmp_path):
     """FSDP2 computes and reduces in bf16 where one process only autocasts, so that plain runs differ, too."""
