@@ -218,4 +218,6 @@ if __name__ == "__main__":
                 with force_fsdp2({}) if fsdp else nullcontext():
                     train(target / f"{name} {kind}", result, strike=strike if mine else None, **CASES[name])
                 AcceleratorState._reset_state(reset_partial_state=False)
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+    os._exit(0)  # as in cases.py
