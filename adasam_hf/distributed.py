@@ -1,12 +1,12 @@
 """Which ways of spreading a run over devices the two-pass step supports. What is not shown to work is refused."""
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.distributed as dist
 from accelerate.utils import DistributedType
-from torch import Tensor, nn
+from torch import nn
 from transformers import Trainer
 
 _DDP = "use DistributedDataParallel (torchrun), or FSDP2 if the model is too large for it"
@@ -29,19 +29,20 @@ def unsynced(trainer: Trainer, model: nn.Module) -> AbstractContextManager:
     return trainer.accelerator.no_sync(model)
 
 
-def average_gradients(params: Iterable[nn.Parameter]) -> None:
-    """Make each ``.grad`` its mean over the processes, if there are several, in one all-reduce for each dtype."""
+def average_gradients(params: Collection[nn.Parameter]) -> None:
+    """Make each ``.grad`` its mean over the processes, if there are several, in one all-reduce for each dtype.
+
+    A process without a gradient for a parameter contributes 0, as with `DistributedDataParallel`.
+    """
     if not dist.is_available() or not dist.is_initialized():
         return
-    by_dtype: dict[torch.dtype, list[Tensor]] = {}
-    for p in params:
-        if p.grad is not None:
-            by_dtype.setdefault(p.grad.dtype, []).append(p.grad)
-    for gradients in by_dtype.values():
-        flat = torch.cat([g.reshape(-1) for g in gradients]) / dist.get_world_size()
+    for dtype in dict.fromkeys(p.dtype for p in params):
+        alike = [p for p in params if p.dtype is dtype]
+        parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in alike]
+        flat = torch.cat([part.reshape(-1) for part in parts]) / dist.get_world_size()
         dist.all_reduce(flat)
-        for g, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            g.copy_(mean.view_as(g))
+        for p, mean in zip(alike, flat.split([p.numel() for p in alike]), strict=True):
+            p.grad = mean.view_as(p)
 
 
 def _obstacle(trainer: Trainer) -> tuple[str, str] | None:

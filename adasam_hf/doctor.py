@@ -1,6 +1,10 @@
 """What the trainer tells its user: what it will do, and what looks wrong while it does it."""
 
-from torch import nn
+import math
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
 from transformers import Trainer
 from transformers.utils import logging
 
@@ -11,6 +15,9 @@ logger = logging.get_logger(__name__)
 
 _PATIENCE = 20  # steps in a row
 _FAR = 2.0  # times the highest loss of the run so far
+_STRETCH = 25  # steps whose mean loss is compared with that of the first so many
+_STUCK = 0.98  # of the mean loss of the first stretch
+_STEEP = 0.05  # of the loss
 
 
 def describe(trainer: Trainer, radii: list[float], chosen: list[nn.Parameter] | None = None) -> str:
@@ -20,20 +27,24 @@ def describe(trainer: Trainer, radii: list[float], chosen: list[nn.Parameter] | 
         radii: one for each parameter group.
         chosen: the parameters that may climb; None for all.
     """
-    groups = trainer.optimizer.param_groups
     name = type(getattr(trainer.optimizer, "optimizer", trainer.optimizer)).__name__  # Accelerate wraps it
     if not any(radii):
         return f"{name} with sam_rho=0: plain steps, one forward/backward per micro-batch and no ascent"
+    groups = trainer.optimizer.param_groups
     moving = [p for g, rho in zip(groups, radii, strict=True) if rho > 0 for p in g["params"] if p.requires_grad]
     if chosen is not None:
         moving = list(set(moving) & set(chosen))
+    which = "" if chosen is None else f" (sam_parameters={trainer.args.sam_parameters})"
     total = sum(p.numel() for p in trainer.model.parameters())
     held = sum(local(p).numel() * p.element_size() for p in moving) / 2**20
+    copies = "a copy of them"
+    if trainer.args.sam_reuse:
+        held, copies = 2 * held, "copies of them and of the last gradient"
     each = " on each process" if trainer.args.world_size > 1 else ""
     return (
         f"{name} with {_how(trainer.args, max(radii))}: "
-        f"climbs {len(moving)} tensors with {sum(p.numel() for p in moving):,} of {total:,} parameters; "
-        f"{_processes(trainer)}; {_precision(trainer, moving)}; +{held:.1f} MiB for a copy of them{each}; "
+        f"climbs {len(moving)} tensors{which} with {sum(p.numel() for p in moving):,} of {total:,} parameters; "
+        f"{_processes(trainer)}; {_precision(trainer, moving)}; +{held:.1f} MiB for {copies}{each}; "
         f"{_passes(trainer.args)}"
     )
 
@@ -78,11 +89,48 @@ def _passes(args) -> str:
     return "2 forward/backward passes per micro-batch instead of 1" + (f", the first {' '.join(first)}" * bool(first))
 
 
+class Tally:
+    """What is logged of the steps since the last entry: sums, kept on the device."""
+
+    def __init__(self):
+        self.steps = 0  # that climbed after a first pass
+        self.climbs = 0
+        self.clean_loss: float | Tensor = 0.0
+        self.sam_loss: float | Tensor = 0.0
+        self.applied: float | Tensor = 0.0
+        self.norm: Tensor | None = None  # of the last climb
+        self.rho = 0.0  # of the last climb
+
+    def climbed(self, rho: float, applied: Tensor | None, norm: Tensor | None = None) -> None:
+        """Note a climb; `norm` is that of its first pass, if it had one."""
+        self.climbs += 1
+        self.rho = rho
+        if applied is not None:
+            self.applied += applied
+        if norm is not None:
+            self.norm = norm
+
+    def means(self, accelerator: Accelerator) -> dict[str, float]:
+        """Means over steps and processes. Every process must be here."""
+        values = {}
+        if self.steps and self.norm is not None:
+            gap = self.sam_loss - self.clean_loss
+            values = {"sam_loss": self.sam_loss / self.steps, "sam_gap": gap / self.steps, "sam_grad_norm": self.norm}
+        if isinstance(self.applied, Tensor):
+            values["sam_applied"] = self.applied / self.climbs
+        if values:
+            together = torch.stack([v.float().to(accelerator.device) for v in values.values()])
+            values = dict(zip(values, accelerator.reduce(together, "mean").tolist(), strict=True))
+        return values | {"sam_rho": self.rho}
+
+
 class Watch:
     """Warns, once each, of a radius that is far too large and of one that rounding swallows.
 
-    Too large: for many steps on end the loss at w + δ is more than twice the highest loss at w so far, which the run
-    usually starts with. The neighbourhood of that radius then knows less than the untrained model.
+    Too large, with a first pass: for 20 steps on end the loss at w + δ is more than twice the highest loss at w so
+    far, so that the neighbourhood knows less than the untrained model; or, once the warm-up is over, the mean loss of
+    two stretches of 25 steps running is that of the first stretch, while at w + δ it is more than 5 % higher: the run
+    may have collapsed to chance.
 
     Args:
         rho: the radius of the arguments, before any schedule.
@@ -92,25 +140,51 @@ class Watch:
         self._rho = rho
         self._highest = 0.0
         self._steps_far = 0
+        self._stretch = [0, 0.0, 0.0]  # steps, sum of the loss, sum of the gap
+        self._first: float | None = None
+        self._stuck = 0
         self._told: set[str] = set()
 
-    def __call__(self, logs: dict[str, float], steps: int) -> None:
-        """Look at the values of `steps` steps that are about to be logged."""
-        self._highest = max(self._highest, logs["loss"])
-        far = logs["sam_loss"] > _FAR * self._highest or logs["sam_loss"] != logs["sam_loss"]
+    def __call__(self, values: dict[str, float], steps: int, warm: bool = True) -> None:
+        """Look at the means of `steps` steps; `warm`: whether the learning rate has reached its peak."""
+        if values.get("sam_applied", 1.0) < 0.5:
+            self._tell(
+                "lost",
+                f"rounding to half-precision weights leaves {values['sam_applied']:.0%} of the perturbation of radius "
+                f"{values['sam_rho']:g}; load the model in float32 (dtype=torch.float32), with bf16=True for speed",
+            )
+        if not steps:
+            return
+        sam_loss, loss = values["sam_loss"], values["sam_loss"] - values["sam_gap"]
+        self._highest = max(self._highest, loss)
+        far = sam_loss > _FAR * self._highest or math.isnan(sam_loss)
         self._steps_far = self._steps_far + steps if far else 0
         if self._steps_far >= _PATIENCE:
             self._tell(
-                "far",
+                "large",
                 f"sam_rho={self._rho:g} looks far too large: for {self._steps_far} steps the perturbed loss "
-                f"({logs['sam_loss']:.3g}) has been more than {_FAR:g} times the highest loss of this run "
+                f"({sam_loss:.3g}) has been more than {_FAR:g} times the highest loss of this run "
                 f"({self._highest:.3g}); try sam_rho={self._rho / 4:.1g}",
             )
-        if logs.get("sam_applied", 1.0) < 0.5:
+        if warm:
+            self._look_for_collapse(steps, loss, values["sam_gap"])
+
+    def _look_for_collapse(self, steps: int, loss: float, gap: float) -> None:
+        self._stretch = [a + b for a, b in zip(self._stretch, (steps, steps * loss, steps * gap), strict=True)]
+        count = self._stretch[0]
+        if count < _STRETCH:
+            return
+        loss, gap = self._stretch[1] / count, self._stretch[2] / count
+        self._stretch = [0, 0.0, 0.0]
+        if self._first is None:
+            self._first = loss
+            return
+        self._stuck = self._stuck + 1 if loss > _STUCK * self._first and gap > _STEEP * loss else 0
+        if self._stuck == 2:
             self._tell(
-                "lost",
-                f"rounding to half-precision weights leaves {logs['sam_applied']:.0%} of the perturbation of radius "
-                f"{logs['sam_rho']:g}; load the model in float32 (dtype=torch.float32), with bf16=True for speed",
+                "large",
+                f"sam_rho={self._rho:g} may be too large: the loss ({loss:.3g}) is where it began, and the perturbed "
+                f"loss is {gap / loss:.0%} higher; if the run does not learn, try sam_rho={self._rho / 4:.1g}",
             )
 
     def _tell(self, what: str, message: str) -> None:

@@ -45,7 +45,7 @@ def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
     norms = []
     for layout, shards in layouts.items():
         parts = torch._foreach_norm(shards, 2.0, dtype=torch.float64 if wide else torch.float32)
-        norm = torch.linalg.vector_norm(torch.stack([n.to(parts[0].device, non_blocking=True) for n in parts]))
+        norm = torch.linalg.vector_norm(torch.stack([n.to(parts[0].device) for n in parts]))
         if layout is not None:
             mesh, placements = layout
             parted = [Replicate() if placement.is_replicate() else Partial("sum") for placement in placements]
@@ -54,7 +54,7 @@ def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
         norms.append(norm)
     if len(norms) == 1:
         return norms[0]
-    return torch.linalg.vector_norm(torch.stack([n.to(norms[0].device, non_blocking=True) for n in norms]))
+    return torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
 
 
 def check_radius(rho: float, name: str = "rho") -> float:
@@ -236,12 +236,13 @@ def _climb(params: list[Tensor], gradients: list[Tensor], rho: float, norm: Tens
 
 def _applied(shards: dict[float, tuple[list[Tensor], ...]], sign: float, norm: Tensor) -> Tensor:
     """⟨δ', δ⟩/‖δ‖² with δ' = what the parameters moved by and δ = radius · vector / norm."""
-    moved = wanted = torch.zeros((), dtype=torch.float64 if norm.device.type == "cpu" else torch.float32)
+    wide = torch.float64 if norm.device.type == "cpu" else torch.float32
+    moved = wanted = torch.zeros((), dtype=wide, device=norm.device)
     for radius, lists in shards.items():
         for p, before, vector in zip(*lists, strict=True):
             delta = vector.float() * (sign * radius / norm).to(vector.device)
-            moved = moved + ((p.float() - before.float()) * delta).sum().to(moved.device, non_blocking=True)
-            wanted = wanted + delta.square().sum().to(moved.device, non_blocking=True)
+            moved = moved + ((p.float() - before.float()) * delta).sum().to(norm.device)
+            wanted = wanted + delta.square().sum().to(norm.device)
     share = moved / wanted
     return torch.where(torch.isfinite(share), share, 1.0)  # nothing was to move, so nothing was lost
 

@@ -23,18 +23,23 @@ class Schedule(NamedTuple):
     interval: int = 1
     shape: Shape = "constant"
 
+    def steps(self, total: int) -> range:
+        """Those from start to end, climbing or not."""
+        first, stop = (math.ceil(round(share * total, 9)) for share in (self.start, self.end))  # 0.07 · 100 > 7
+        return range(first, stop)
+
     def within(self, step: int, total: int) -> bool:
         """Whether `step`, counted from 0, lies between start and end."""
-        return math.ceil(self.start * total) <= step < math.ceil(self.end * total)
+        return step in self.steps(total)
 
     def climbs(self, step: int, total: int) -> bool:
         """Whether `step` is one of those that climb."""
-        return self.within(step, total) and (step - math.ceil(self.start * total)) % self.interval == 0
+        return step in self.steps(total)[:: self.interval]
 
     def factor(self, step: int, total: int, lr_share: float = 1.0) -> float:
         """The radius at `step` as a share of ρ, were it to climb there."""
-        first, stop = math.ceil(self.start * total), math.ceil(self.end * total)
-        u = (step - first) / (stop - first)
+        steps = self.steps(total)
+        u = (step - steps.start) / len(steps)
         return {
             "constant": 1.0,
             "linear": 1.0 - u,

@@ -42,9 +42,9 @@ def gradients_only_for(chosen: Collection[nn.Parameter] | None, model: nn.Module
     """Inside it backward computes no weight gradient for parameters that are not chosen (None: for all as ever)."""
     keep = set() if chosen is None else set(chosen)
     others = [] if chosen is None else [p for p in model.parameters() if p.requires_grad and p not in keep]
-    for p in others:
-        p.requires_grad_(False)
     try:
+        for p in others:
+            p.requires_grad_(False)
         yield
     finally:
         for p in others:
@@ -54,9 +54,12 @@ def gradients_only_for(chosen: Collection[nn.Parameter] | None, model: nn.Module
 def take_rows(inputs: dict[str, Any], fraction: float) -> dict[str, Any]:
     """About `fraction` of a batch's rows (at least one), evenly spaced, without columns that are then only padding.
 
-    Rows: of tensors whose first dimension is the batch's, that of ``input_ids`` or else of the first tensor. Columns:
-    those outside the taken rows' ``attention_mask``, on either side, down to a multiple of 8, are cut from every tensor
-    whose second dimension is the mask's. (Evenly spaced, since batches grouped by length are sorted.)
+    The batch's size is the length of ``input_ids``, or else of the first tensor. Columns are cut on the right, down to
+    a multiple of 8, where no taken row has ``attention_mask`` or a label (other than -100), from every tensor whose
+    second dimension is the mask's. (Evenly spaced, since batches that are grouped by length are sorted.)
+
+    Raises:
+        ValueError: for a tensor or list that does not have one entry for each row, such as the patches of images.
     """
     tensors = {key: value for key, value in inputs.items() if isinstance(value, Tensor) and value.dim()}
     if not tensors:
@@ -64,16 +67,25 @@ def take_rows(inputs: dict[str, Any], fraction: float) -> dict[str, Any]:
     size = len(tensors.get("input_ids", next(iter(tensors.values()))))
     count = max(1, round(fraction * size))
     rows = torch.arange(count) * size // count
-    taken = {key: v[rows.to(v.device)] if key in tensors and len(v) == size else v for key, v in inputs.items()}
+    taken = dict(inputs)
+    for key, value in inputs.items():
+        if key in tensors or isinstance(value, list):
+            if len(value) != size:
+                raise ValueError(
+                    f"sam_ascent_fraction={fraction!r} takes rows, but {key!r} has {len(value)} entries for {size} "
+                    "rows; use sam_ascent_fraction=1"
+                )
+            taken[key] = [value[i] for i in rows] if isinstance(value, list) else value[rows.to(value.device)]
 
     mask = taken.get("attention_mask")
     if isinstance(mask, Tensor) and mask.dim() == 2 and mask.any():
         width = mask.shape[1]
-        seen = mask.any(0).nonzero().flatten()
-        first, last = int(seen[0]), int(seen[-1]) + 1
-        length = min(width, -(-(last - first) // 8) * 8)
-        first = min(first, width - length) if first else 0
-        for key, v in taken.items():
-            if key in tensors and v.dim() >= 2 and v.shape[:2] == (count, width):
-                taken[key] = v[:, first : first + length]
+        used = mask.bool().any(0)
+        labels = taken.get("labels")
+        if isinstance(labels, Tensor) and labels.shape == mask.shape:
+            used = used | (labels != -100).any(0)
+        length = min(width, -(-(int(used.nonzero().max()) + 1) // 8) * 8)
+        for key in tensors:
+            if taken[key].shape[:2] == (count, width):
+                taken[key] = taken[key][:, :length]
     return taken

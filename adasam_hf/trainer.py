@@ -17,6 +17,7 @@ from .directions import DIRECTIONS, Direction, Last
 from .distributed import average_gradients, climbs_locally, refuse_unsupported, unsynced
 from .optim import AdaSAM
 from .perturbation import Perturbation
+from .schedule import Schedule
 from .selection import choose_parameters, gradients_only_for, take_rows
 from .training_args import RADIUS_ZERO, SGD_NAMES, SharpnessAwareArgumentsMixin
 
@@ -38,8 +39,9 @@ class SharpnessAwareTrainerMixin:
     In scope ``batch`` steps 2–4 happen inside the call for the last micro-batch and use the gradient of the whole
     window, so k micro-batches equal one k times larger batch; in scope ``microbatch`` each call does them for its own
     micro-batch (m-sharpness, arXiv:2010.01412). Either way the weights are away from w only inside one call:
-    callbacks, evaluations and checkpoints see w. BatchNorm's running statistics move at w only. With radius 0 nothing
-    is added and a stock run results, bit for bit.
+    callbacks, evaluations and checkpoints see w. BatchNorm's running statistics move in the ascent only, at w, by the
+    rows that it sees (in a step of one pass, at w + δ). With radius 0 nothing is added and a stock run results, bit
+    for bit.
 
     With several processes s is averaged over them (``sam_sync``), so that the run follows one process with the same
     global batch; in scope ``microbatch``, or with ``sam_sync=False``, each process climbs its own and the ascent has no
@@ -68,9 +70,8 @@ class SharpnessAwareTrainerMixin:
         self._rho_share = 1.0  # of the radii, in the coming step
         self._window_size = 0
         self._ascent_items: Tensor | int | None = None  # `num_items_in_batch` of the rows that the ascent sees
-        self._watch: doctor.Watch | None = None
+        self._tally = doctor.Tally()
         self._forget_window()
-        self._forget_losses()
         super().__init__(model, args, *more, **kwargs)
 
     # ---- the optimizer and the radius ----
@@ -85,6 +86,7 @@ class SharpnessAwareTrainerMixin:
         optimizer = super().create_optimizer(*args, **kwargs)
         if any(self._resolve_radii()):
             refuse_unsupported(self)
+            choose_parameters(self.model, self.args.sam_parameters)  # or say now that there are none
         return optimizer
 
     def _own_adasam(self) -> AdaSAM | None:
@@ -92,7 +94,7 @@ class SharpnessAwareTrainerMixin:
         return optimizer if isinstance(optimizer, AdaSAM) else None
 
     def _resolve_radii(self) -> list[float]:
-        groups = self.optimizer.param_groups
+        groups = getattr(self.optimizer, "param_groups", [{}])  # DeepSpeed may put a dummy there
         if self.args.sam_rho is None and self.args.optim not in RADIUS_ZERO and self._own_adasam():
             return [group["rho"] for group in groups]
         return [self.args.resolved_rho] * len(groups)
@@ -104,8 +106,8 @@ class SharpnessAwareTrainerMixin:
         self._perturbation = Perturbation(self.optimizer, self._chosen)
         self._own_direction = DIRECTIONS[self.args.resolved_direction](self.optimizer)
         self._last = Last(self.optimizer)
-        self._first_step = self.state.global_step
-        self._forget_losses()
+        self._first_step, self._updated = self.state.global_step, False
+        self._tally = doctor.Tally()
         if adasam := self._own_adasam():
             for group, rho in zip(adasam.param_groups, self._radii, strict=True):
                 if group["rho"] != rho:
@@ -117,6 +119,11 @@ class SharpnessAwareTrainerMixin:
                     f"betas={adasam.param_groups[0]['betas']} without warm-up: AdaSAM has no bias correction, so its "
                     "first steps are several times the learning rate; use adam_beta2=0.98 or warmup_steps"
                 )
+        if any(self._radii) and not self.args.sam_schedule.steps(max(self.state.max_steps, 1)):
+            logger.warning(
+                f"sam_start={self.args.sam_start} and sam_end={self.args.sam_end} leave no step to climb in, of "
+                f"{self.state.max_steps}; train longer, or move them apart"
+            )
         self._watch = doctor.Watch(max(self._radii))
         if self.is_world_process_zero():
             doctor.logger.warning_advice(doctor.describe(self, self._radii, self._chosen))
@@ -124,20 +131,27 @@ class SharpnessAwareTrainerMixin:
 
     def _plan_step(self) -> None:
         """Decide whether, along what and how far the coming step climbs."""
+        self._direction, self._rho_share = None, 0.0
+        if not any(self._radii):
+            return
         schedule = self.args.sam_schedule
         total = max(self.state.max_steps, 1)  # 0 if steps are taken by hand
         step = min(self.state.global_step, total - 1)
-        self._direction = None
-        if any(self._radii) and schedule.within(step, total):
-            if schedule.climbs(step, total) or (self.args.sam_reuse and not self._last.gradients):
-                self._direction = self._own_direction
-            elif self.args.sam_reuse:
-                self._direction = self._last
-        if self._direction and self.args.resolved_direction == "momentum" and self.state.global_step > self._first_step:
+        if self.state.global_step > self._first_step and not self.accelerator.optimizer_step_was_skipped:
+            self._updated = True
+        if not schedule.within(step, total):
+            return
+        if schedule.climbs(step, total) or (self.args.sam_reuse and not self._last.gradients):
+            self._direction = self._own_direction
+        elif self.args.sam_reuse:
+            self._direction = self._last
+        else:
+            return
+        if self._updated and self.args.resolved_direction == "momentum":
             self._check_momentum()
         group = self.optimizer.param_groups[0]
-        lr_share = float(group["lr"] / group["initial_lr"]) if group.get("initial_lr") else 1.0
-        self._rho_share = schedule.factor(step, total, lr_share) if self._direction else 0.0
+        lr_share = float(group["lr"]) / (group.get("initial_lr") or self.args.learning_rate or 1.0)
+        self._rho_share = schedule.factor(step, total, lr_share)
 
     def _check_momentum(self) -> None:
         params = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -168,7 +182,8 @@ class SharpnessAwareTrainerMixin:
         self._window_size = len(samples)
         self._forget_window()
         self._plan_step()
-        self._sharp_steps += bool(self._rho_share and self._direction.first_pass)
+        # An unsized dataset that has run out goes on to give windows without a micro-batch.
+        self._tally.steps += bool(samples and self._rho_share and self._direction.first_pass)
         if (share := self.args.resolved_ascent_fraction) < 1 and self._rho_share:
             rows = [take_rows(batch, share) for batch in samples]
             self._ascent_items = self._get_num_items_in_batch(rows, self.args.device)
@@ -187,7 +202,9 @@ class SharpnessAwareTrainerMixin:
             return super().training_step(model, inputs, *args, **kwargs)
         if not self._direction.first_pass:
             with self._perturbed():
-                return super().training_step(model, inputs, *args, **kwargs)
+                loss = super().training_step(model, inputs, *args, **kwargs)
+            self._tally.climbed(max(self._radii) * self._rho_share, self._perturbation.applied)
+            return loss
 
         if not self._passes:
             # Gradients from before this window (an unsized dataset can end in a window without an update, in stock
@@ -211,7 +228,7 @@ class SharpnessAwareTrainerMixin:
         except BaseException:
             self._forget_window()  # or a later call by hand would replay this micro-batch
             raise
-        self._clean_loss += loss
+        self._tally.clean_loss += loss
         return loss
 
     def _descent_passes(self, model: nn.Module, *args, **kwargs) -> None:
@@ -234,13 +251,10 @@ class SharpnessAwareTrainerMixin:
                     nullcontext() if i == len(passes) else unsynced(self, model),
                     rng.replay(state) if same_masks else nullcontext(),
                 ):
-                    self._sam_loss += super().training_step(model, micro_batch, *args, **kwargs)
+                    self._tally.sam_loss += super().training_step(model, micro_batch, *args, **kwargs)
         if (scaler := self.accelerator.scaler) is not None:
             norm = norm / scaler.scale(torch.ones_like(norm))
-        self._grad_norm = norm
-        if self._perturbation.applied is not None:
-            self._applied += self._perturbation.applied
-        self._climbs += 1
+        self._tally.climbed(max(self._radii) * self._rho_share, self._perturbation.applied, norm)
 
     def _perturbed(self) -> AbstractContextManager[Tensor]:
         radii = [rho * self._rho_share for rho in self._radii]
@@ -279,29 +293,17 @@ class SharpnessAwareTrainerMixin:
 
     # ---- what people see ----
 
-    def _forget_losses(self) -> None:
-        self._clean_loss: float | Tensor = 0.0
-        self._sam_loss: float | Tensor = 0.0
-        self._applied: float | Tensor = 0.0
-        self._climbs = 0
-        self._sharp_steps = 0  # of two passes
-        self._grad_norm: Tensor | None = None
-
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """As in Transformers, with the ``sam_*`` values beside a training loss."""
-        if "loss" in logs and any(self._radii):
-            if steps := self._sharp_steps:
-                values = [self._sam_loss / steps, (self._sam_loss - self._clean_loss) / steps, self._grad_norm]
-                if self._perturbation.applied is not None:
-                    values.append(self._applied / self._climbs)
-                # All processes are here, as for the mean of `loss` that the Trainer has just taken.
-                values = torch.stack([v.float().to(self.args.device) for v in values])
-                values = self.accelerator.reduce(values, "mean").tolist()
-                logs |= dict(zip(("sam_loss", "sam_gap", "sam_grad_norm", "sam_applied"), values, strict=False))
-                self._forget_losses()
-            logs["sam_rho"] = max(self._radii) * self._rho_share
-            if steps:
-                self._watch(logs, steps)
+        # All processes are here, as for the mean of `loss` that the Trainer has just taken.
+        if any(self._radii) and ("loss" in logs or ("train_loss" in logs and self._tally.climbs)):
+            values, steps = self._tally.means(self.accelerator), self._tally.steps
+            self._tally = doctor.Tally()
+            if self.is_world_process_zero():
+                warm = self.state.global_step > self.args.get_warmup_steps(self.state.max_steps)
+                self._watch(values, steps, warm)
+            if "loss" in logs:
+                logs |= values
         super().log(logs, *args, **kwargs)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
@@ -342,6 +344,12 @@ class SharpnessAwareTrainerMixin:
             entries |= {"sam_scope": args.sam_scope, "sam_dropout": args.sam_dropout}
             if args.world_size > 1:
                 entries["sam_sync"] = not climbs_locally(self)
+            ascent = {"sam_direction": args.resolved_direction, "sam_ascent_fraction": args.resolved_ascent_fraction}
+            ascent |= {name: getattr(args, name) for name in ("sam_parameters", "sam_adaptive", "sam_reuse")}
+            usual = {"sam_direction": "gradient", "sam_ascent_fraction": 1.0, "sam_parameters": "all"}
+            entries |= {name: value for name, value in ascent.items() if value != usual.get(name, False)}
+            if args.sam_schedule != Schedule():
+                entries["sam_schedule"] = args.sam_schedule
         return "".join(f"- {key}: {value}\n" for key, value in entries.items())
 
 

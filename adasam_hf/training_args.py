@@ -206,7 +206,7 @@ class SharpnessAwareArgumentsMixin:
             raise ValueError("sam_reuse=True has no steps to reuse a direction in; set sam_interval to 2 or more")
         try:
             re.compile(self.sam_parameters)
-        except re.error as error:
+        except (re.error, TypeError) as error:
             raise ValueError(
                 f"sam_parameters={self.sam_parameters!r} is no regular expression ({error}); use 'all', 'norm', or one"
             ) from None
@@ -217,8 +217,8 @@ class SharpnessAwareArgumentsMixin:
             ):
                 if value != off:
                     raise ValueError(
-                        f"{name}={value!r} contradicts sam_direction='momentum', which has no first pass; leave it "
-                        "unset, or use sam_direction='gradient'"
+                        f"{name}={value!r} contradicts sam_direction='momentum' (as sam_preset='free' has it), which "
+                        f"has no first pass; leave {name} unset, or use sam_direction='gradient'"
                     )
             if self.optim in SGD_NAMES and self.sgd_momentum == 0:
                 raise ValueError("sam_direction='momentum' needs one: set sgd_momentum above 0, for example 0.9")
@@ -231,8 +231,9 @@ class SharpnessAwareArgumentsMixin:
     @property
     def resolved_ascent_fraction(self) -> float:
         """The share of the rows that the ascent sees: `sam_ascent_fraction`, or else the preset's."""
-        preset = PRESETS[self.sam_preset]["sam_ascent_fraction"]
-        return preset if self.sam_ascent_fraction is None else self.sam_ascent_fraction
+        if self.sam_ascent_fraction is not None:
+            return self.sam_ascent_fraction
+        return 1.0 if self.resolved_direction == "momentum" else PRESETS[self.sam_preset]["sam_ascent_fraction"]
 
     @property
     def sam_schedule(self) -> Schedule:

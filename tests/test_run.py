@@ -315,7 +315,7 @@ LAUNCHERS = {
 @pytest.mark.parametrize(
     "launcher",
     [
-        pytest.param(words, marks=pytest.mark.compat("Many processes", f"DDP through `{name}`"), id=name)
+        pytest.param(words, marks=pytest.mark.compat("Many processes", f"DDP through `{name}`", scope="batch"), id=name)
         for name, words in LAUNCHERS.items()
     ],
 )

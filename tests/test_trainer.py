@@ -379,6 +379,21 @@ def test_a_custom_loss_equals_a_hand_written_loop(build, scope):
     assert np.abs(flat(trainer.model).numpy() - want).max() < 1e-13
 
 
+@pytest.mark.parametrize("scope", ["batch", "microbatch"])
+def test_unsized_data_that_runs_out_does_not_dilute_what_is_logged(build, scope):
+    """Once it is empty the Trainer goes on asking for windows."""
+
+    class Short(IterableDataset):
+        def __iter__(self):
+            yield from make_rows(16)
+
+    flags = {"optim": "adasam", "sam_scope": scope, "gradient_accumulation_steps": 4, "logging_steps": 5}
+    trainer = build(AdaSAMTrainer, make_model("bert"), Short(), max_steps=20, **flags)
+    trainer.train()
+    for entry in (e for e in trainer.state.log_history if "sam_gap" in e):
+        assert entry["sam_loss"] - entry["sam_gap"] == pytest.approx(entry["loss"], rel=1e-5)
+
+
 def test_a_custom_loss_is_the_same_in_both_passes(build):
     """The Trainer takes the labels out of the inputs for it; both passes must still find them."""
     seen = []
@@ -608,8 +623,11 @@ def test_model_card_shows_the_values(build, tmp_path):
         "sam": {},
         "adamw_torch": {"sam_rho": 0.01, "sam_scope": "microbatch"},
         "amsgrad": {},
+        "free": {"optim": "adasam", "sam_preset": "free"},
+        "fast": {"optim": "adasam", "sam_preset": "fast", "sam_parameters": "norm", "sam_start": 0.5},
     }.items():
-        trainer = build(Sharp, make_model("bert"), make_rows(4), optim=name, hub_token="hf_planted", **more)
+        more = {"optim": name, **more}
+        trainer = build(Sharp, make_model("bert"), make_rows(4), hub_token="hf_planted", **more)
         trainer.train()
         trainer.create_model_card()
         shown[name] = (tmp_path / "out" / "README.md").read_text()
@@ -622,6 +640,9 @@ def test_model_card_shows_the_values(build, tmp_path):
     assert "- optimizer: sam (SGD with momentum=0.9)" in shown["sam"]
     assert "betas=(0.9, 0.999), epsilon=1e-08" in shown["adamw_torch"]
     assert "- sam_scope: microbatch" in shown["adamw_torch"]
+    assert "- sam_direction: momentum\n" in shown["free"] and "sam_ascent_fraction" not in shown["free"]
+    assert "- sam_ascent_fraction: 0.25\n- sam_parameters: norm\n" in shown["fast"]
+    assert "- sam_schedule: Schedule(start=0.5" in shown["fast"]
     assert "- sam_rho: 0.0\n- lr_scheduler_type" in shown["amsgrad"]
 
 

@@ -174,6 +174,7 @@ def test_set_optimizer(make):
         ("sam_interval", 1.5, "whole number"),
         ("sam_reuse", True, "sam_interval"),
         ("sam_parameters", "layer.(", "regular expression"),
+        ("sam_parameters", None, "regular expression"),
         ("sgd_momentum", 1.0, r"\[0, 1\)"),
         ("sgd_momentum", None, r"\[0, 1\)"),
         ("adam_beta1", 1.5, r"\[0, 1\)"),
@@ -235,6 +236,7 @@ def test_presets_stand_for_what_is_unset(make):
     assert resolved(sam_preset="free") == ("momentum", 1.0)
     assert resolved(sam_preset="fast", sam_ascent_fraction=0.5) == ("gradient", 0.5)
     assert resolved(sam_preset="free", sam_direction="gradient") == ("gradient", 1.0)
+    assert resolved(sam_preset="fast", sam_direction="momentum") == ("momentum", 1.0)
     assert make(optim="adasam", sam_preset="fast").resolved_rho == 0.05
     assert make(optim="adasam", sam_preset="free").resolved_rho == 0.4
     assert make(optim="adasam", sam_preset="free", sam_rho=0.1).resolved_rho == 0.1

@@ -120,19 +120,21 @@ MODELS = {
 
 
 class Record(TrainerCallback):
-    """A digest of the weights that lie here, and the number of gradient all-reduces, after each step."""
+    """A digest of the weights that lie here, and the number of all-reduces of gradients, after each step."""
 
     def __init__(self):
         self.digests, self.reductions, self.count = [], [], 0
+        self.stepping = False
+        self.stock = torch.distributed.all_reduce
+
+    def all_reduce(self, *args, **kwargs):
+        """Counts those inside a training step; the reducer's come by way of a hook in Python."""
+        self.count += self.stepping
+        return self.stock(*args, **kwargs)
 
     def on_train_begin(self, args, state, control, **kwargs):
         if isinstance(self.trainer.model_wrapped, nn.parallel.DistributedDataParallel):
-            self.trainer.model_wrapped.register_comm_hook(self, self.reduce)
-
-    @staticmethod
-    def reduce(record, bucket):
-        record.count += 1
-        return allreduce_hook(None, bucket)
+            self.trainer.model_wrapped.register_comm_hook(None, allreduce_hook)
 
     def on_step_end(self, args, state, control, model, **kwargs):
         digest = hashlib.sha256()
@@ -164,10 +166,23 @@ def train(folder, batch_size=2, model="bert", bucket_view=False, **flags) -> dic
     record = Record()
     trainer = Sharp(MODELS[model](), args, train_dataset=rows_for(model), callbacks=[record])
     record.trainer = trainer
+    step = trainer.training_step
+
+    def watched(*args, **kwargs):
+        record.stepping = True
+        try:
+            return step(*args, **kwargs)
+        finally:
+            record.stepping = False
+
+    trainer.training_step, torch.distributed.all_reduce = watched, record.all_reduce
     trainer.model_accepts_loss_kwargs = model == "causal"
     if bucket_view:
         trainer.accelerator.ddp_handler.gradient_as_bucket_view = True
-    trainer.train()
+    try:
+        trainer.train()
+    finally:
+        torch.distributed.all_reduce = record.stock
     trained = trainer.model
     full = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in trained.parameters()]
     return {
