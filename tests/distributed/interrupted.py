@@ -186,6 +186,7 @@ def press_ctrl_c(folder: Path, result: Path, count: int, **flags) -> None:
     In `result`, for each that was stopped before the update: whether its weights are those with which the step began,
     and whether it was stopped inside `training_step`.
     """
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits that it is ignored
     chance, found = random.Random(0), []
     for _ in range(count):
         delay, step = chance.uniform(0, 0.01), chance.randrange(1, 4)
