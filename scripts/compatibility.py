@@ -7,7 +7,7 @@ python scripts/compatibility.py FILE       reads what `pytest --compat FILE` wro
 import json
 import subprocess
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -18,6 +18,7 @@ import transformers
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- compatibility: made by scripts/compatibility.py -->\n", "<!-- end of compatibility -->\n"
 SCOPES = ("batch", "microbatch")
+REFUSED = "refused with an error"
 ORDER = [
     "Accumulation",
     "Precision",
@@ -51,26 +52,29 @@ def cell(shown: list[dict]) -> str:
         return "**fails**"
     if skipped := [test for test in shown if test["outcome"] == "skipped"]:
         return "not tried: " + skipped[0]["reason"].removeprefix("Skipped: ").strip()
-    return "refused with an error" if all(test["refused"] for test in shown) else "works"
+    return REFUSED if all(test["refused"] for test in shown) else "works"
 
 
 def render(tests: list[dict]) -> str:
-    """The tables, one for each group. A row without scopes says the same for both."""
+    """The tables, one to unfold for each group. A row without scopes says the same for both."""
     rows = defaultdict(lambda: defaultdict(list))
     for test in tests:
         rows[test["group"]][test["what"]].append(test)
-    unknown = set(rows) - set(ORDER)
-    if unknown:
+    if unknown := set(rows) - set(ORDER):
         raise ValueError(f"groups {sorted(unknown)} have no place in ORDER")
     lines = []
     for group in (g for g in ORDER if g in rows):
-        lines += ["", f"| {group} | scope `batch` | scope `microbatch` | shown by |", "|---|---|---|---|"]
+        table, counts = [], Counter()
         for what, shown in rows[group].items():
             common = [test for test in shown if test["scope"] is None]
             cells = [cell(common + [test for test in shown if test["scope"] == scope]) for scope in SCOPES]
+            counts.update(set(cells))
             names = sorted({test["test"].split("[")[0] for test in shown})
             files = ", ".join(f"[`{n.split('::')[-1]}`]({n.split('::')[0]})" for n in names)
-            lines.append(f"| {what} | {cells[0]} | {cells[1]} | {files} |")
+            table.append(f"| {what} | {cells[0]} | {cells[1]} | {files} |")
+        some = ", ".join(f"{counts[k]} {label}" for k, label in (("works", "work"), (REFUSED, "refused")) if counts[k])
+        lines += ["", f"<details><summary>{group}: of {len(table)} rows {some}</summary>", ""]
+        lines += ["| | scope `batch` | scope `microbatch` | shown by |", "|---|---|---|---|", *table, "", "</details>"]
     versions = f"torch {torch.__version__.split('+')[0]}, transformers {transformers.__version__}"
     total = f"{len({test['test'] for test in tests})} tests, on two CPU cores, {versions}, accelerate"
     return "\n".join([f"{total} {accelerate.__version__}.", *lines, ""])

@@ -46,7 +46,8 @@ SIZE = {
 
 
 def pytest_addoption(parser):
-    parser.addoption("--compat", metavar="FILE", help="write what the tests with the marker `compat` show, as JSON")
+    what = "write what the tests with the marker `compat` show, as JSON; with --collect-only list its cells"
+    parser.addoption("--compat", metavar="FILE", help=what)
 
 
 def pytest_configure(config):
@@ -65,8 +66,15 @@ def pytest_runtest_makereport(item, call):
     return report
 
 
+def pytest_collection_finish(session):
+    if session.config.option.compat and session.config.option.collectonly:
+        cells = {mark.args[:2] for item in session.items for mark in item.iter_markers("compat")}
+        print("\n".join(f"\ncompat\t{group}\t{what}" for group, what in sorted(cells)))
+
+
 def pytest_sessionfinish(session):
-    if path := session.config.option.compat:
+    path = session.config.option.compat
+    if path and not session.config.option.collectonly:
         Path(path).write_text(json.dumps(session.config.compat, indent=1) + "\n")
 
 
