@@ -76,7 +76,7 @@ def top_eigenvalues(
             gradients = torch.autograd.grad(model(**batch).loss, params, create_graph=True, materialize_grads=True)
             slope = sum((g * v).sum() for g, v in zip(gradients, parts, strict=True))
             for t, h in zip(total, torch.autograd.grad(slope, params, materialize_grads=True), strict=True):
-                t += h / len(batches)
+                t += h.detach() / len(batches)
         return torch.cat([t.reshape(-1) for t in total]).float().cpu().numpy()
 
     size = sum(shapes)

@@ -25,7 +25,8 @@ Scope = Literal["batch", "microbatch"]
 Dropout = Literal["same", "fresh"]
 Preset = Literal["full", "fast", "free"]
 
-# What a preset stands for where the argument itself is unset; measured in results/benchmark_flatness/table.md.
+# What a preset stands for where the argument itself is unset. Costs: results/benchmark_step; what each keeps:
+# results/benchmark_flatness.
 PRESETS = {
     "full": {"sam_direction": "gradient", "sam_ascent_fraction": 1.0},
     "fast": {"sam_direction": "gradient", "sam_ascent_fraction": 0.25},
