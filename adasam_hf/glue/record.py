@@ -32,7 +32,7 @@ def provenance() -> dict:
     tracked = _git("ls-files", "--error-unmatch", "__init__.py") is not None
     return {
         "commit": _git("rev-parse", "HEAD") if tracked else None,
-        "dirty": bool(_git("status", "--porcelain")) if tracked else None,
+        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")) if tracked else None,
         "versions": {
             "adasam_hf": adasam_hf.__version__,
             "python": platform.python_version(),
