@@ -28,10 +28,6 @@ class Schedule(NamedTuple):
         first, stop = (math.ceil(round(share * total, 9)) for share in (self.start, self.end))  # 0.07 · 100 > 7
         return range(first, stop)
 
-    def within(self, step: int, total: int) -> bool:
-        """Whether `step`, counted from 0, lies between start and end."""
-        return step in self.steps(total)
-
     def climbs(self, step: int, total: int) -> bool:
         """Whether `step` is one of those that climb."""
         return step in self.steps(total)[:: self.interval]

@@ -47,10 +47,11 @@ class SharpnessAwareTrainerMixin:
     global batch; in scope ``microbatch``, or with ``sam_sync=False``, each process climbs its own and the ascent has no
     gradient traffic. g is averaged as ever, so that the processes' weights stay the same bits.
 
-    The radius is ``args.sam_rho``; unset, it is that of the `AdaSAM` instance in use, 0.05 for ``optim="sam"`` and 0
-    for all else. Logged beside the loss at w: ``sam_loss`` (at w + δ), ``sam_gap`` (their difference),
-    ``sam_grad_norm`` (‖s‖₂ of the last step; the processes' mean of it, where each climbs its own), ``sam_rho`` and, if
-    weights are float16 or bfloat16, ``sam_applied``: the share of the perturbation that rounding left over.
+    The radius is ``args.sam_rho``; unset, it is that of the `AdaSAM` instance in use, 0.05 for ``optim="sam"`` (0.4
+    along the momentum) and 0 for all else. Logged beside the loss at w: ``sam_loss`` (at w + δ), ``sam_gap`` (their
+    difference, over the steps that climb), ``sam_grad_norm`` (‖s‖₂ of the last such step; the processes' mean of it,
+    where each climbs its own), ``sam_rho`` (its radius) and, if weights are float16 or bfloat16, ``sam_applied``: the
+    share of the perturbation that rounding left over.
 
     Raises:
         TypeError: if `args` lacks the sharpness-aware arguments.
@@ -139,7 +140,7 @@ class SharpnessAwareTrainerMixin:
         step = min(self.state.global_step, total - 1)
         if self.state.global_step > self._first_step and not self.accelerator.optimizer_step_was_skipped:
             self._updated = True
-        if not schedule.within(step, total):
+        if step not in schedule.steps(total):
             return
         if schedule.climbs(step, total) or (self.args.sam_reuse and not self._last.gradients):
             self._direction = self._own_direction

