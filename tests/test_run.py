@@ -1,3 +1,4 @@
+import itertools
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ from transformers import BertForSequenceClassification, TrainerCallback
 from adasam_hf.glue import run as run_module
 from adasam_hf.glue.run import config_tokens, main, parse
 from adasam_hf.glue.tasks import TASKS, get_task
+from adasam_hf.sharpness import sam_gap
 
 ROOT = Path(__file__).parent.parent
 
@@ -73,6 +75,11 @@ def test_bad_config_files(tmp_path):
         (["--text_column_names=review"], ValueError, r"no column \['review'\]"),
         (["--label_column_name=stars"], ValueError, r"no column \['stars'\]"),
         (["--model_name_or_path=./nowhere"], FileNotFoundError, "model_name_or_path='./nowhere'"),
+        (["--held_out_samples=0"], ValueError, "held_out_samples=0"),
+        (["--held_out_samples=48"], ValueError, r"held_out_samples=48.*48 training rows"),
+        (["--held_out_samples=20", "--max_train_samples=29"], ValueError, "max_train_samples=29"),
+        (["--measure_gap=0"], ValueError, r"measure_gap=0.0.*> 0"),
+        (["--init_from=nowhere"], FileNotFoundError, r"init_from='nowhere'.*record.json"),
         (["--resume_from_checkpoint=nowhere"], FileNotFoundError, "resume_from_checkpoint='nowhere'"),
         (["--resume_from_checkpoint=last"], FileNotFoundError, "no checkpoint"),
         (["--config=nowhere.yaml"], FileNotFoundError, "nowhere.yaml"),
@@ -124,6 +131,70 @@ def test_train_evaluate_and_predict_own_files(flags, files, tmp_path):
     # padded to multiples of 8, not to the longest possible
     batch = trainer.data_collator([trainer.train_dataset[0]])
     assert batch["input_ids"].shape == (1, 8)
+
+
+def test_rows_are_held_out_of_training(flags, files):
+    job = [*flags, *files, "--do_train", "--do_eval", "--max_steps=1", "--save_strategy=no"]
+
+    def texts(rows):
+        return [tuple(ids) for ids in rows["input_ids"]]
+
+    everything = texts(main(job).train_dataset)  # 48 rows in the order of the file
+    trainer = main([*job, "--held_out_samples=10", "--max_train_samples=20"])
+    assert texts(trainer.train_dataset) == everything[:20]
+    assert texts(trainer.eval_dataset) == everything[20:30]
+    trainer = main([*job, "--held_out_samples=10"])
+    assert (texts(trainer.train_dataset), texts(trainer.eval_dataset)) == (everything[:38], everything[38:])
+
+    shuffled = main([*job, "--subset_seed=3", "--max_train_samples=20", "--held_out_samples=28"])
+    train, held_out = texts(shuffled.train_dataset), texts(shuffled.eval_dataset)
+    assert sorted(train + held_out) == sorted(everything) and train + held_out != everything
+    again = main([*job, "--subset_seed=3", "--max_train_samples=20", "--seed=7"])
+    assert texts(again.train_dataset) == train  # by its own seed alone
+    assert texts(again.eval_dataset) != held_out  # the validation file's
+
+
+def test_the_gap_of_the_final_weights(flags, files, tmp_path, monkeypatch):
+    seen = []
+
+    def spy(model, batches, rho):
+        seen.extend(batches)
+        return sam_gap(model, seen, rho)
+
+    monkeypatch.setattr(run_module, "sam_gap", spy)
+    main([*flags, *files, "--do_train", "--measure_gap=0.05", "--bf16"])
+    record = json.loads((tmp_path / "out" / "record.json").read_text())
+    model = BertForSequenceClassification.from_pretrained(tmp_path / "out").double().eval()
+    gaps = []
+    for batch in seen:
+        loss = model(**batch).loss
+        slopes = torch.autograd.grad(loss, list(model.parameters()))
+        norm = sum(g.square().sum() for g in slopes).sqrt()
+        moved = {n: p + 0.05 * g / norm for (n, p), g in zip(model.named_parameters(), slopes, strict=True)}
+        gaps.append(float((torch.func.functional_call(model, moved, (), dict(batch)).loss - loss).detach()))
+    assert len(seen) == 4 and record["metrics"]["final_sam_gap"] == pytest.approx(sum(gaps) / 4, rel=1e-3)
+
+
+def test_weights_of_a_finished_run_under_a_new_head(flags, files, tmp_path):
+    first = main([*flags, *files, "--do_train"]).model.state_dict()
+    job = [*flags, *files, "--do_train", f"--init_from={tmp_path / 'out'}", f"--output_dir={tmp_path / 'second'}"]
+    second = main([*job, "--optim=sgdm", "--learning_rate=0", "--max_steps=1"]).model.state_dict()
+    fresh = main(
+        [
+            *flags,
+            *files,
+            "--do_train",
+            "--optim=sgdm",
+            "--learning_rate=0",
+            "--max_steps=1",
+            f"--output_dir={tmp_path}/x",
+        ]
+    ).model.state_dict()
+    for name, value in second.items():
+        assert torch.equal(value, fresh[name] if name.startswith("classifier") else first[name]), name
+    assert not torch.equal(first["classifier.weight"], second["classifier.weight"])
+    record = json.loads((tmp_path / "second" / "record.json").read_text())
+    assert record["arguments"]["init_from"] == str(tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", TASKS)

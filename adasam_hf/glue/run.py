@@ -1,5 +1,6 @@
 """One fine-tuning run: arguments → model, scores, predictions and a record."""
 
+import itertools
 import json
 import re
 import sys
@@ -8,24 +9,28 @@ from pathlib import Path
 
 import transformers
 import yaml
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
     HfArgumentParser,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     set_seed,
 )
 
 from ..checkpoints import last_complete
+from ..sharpness import sam_gap
 from ..trainer import AdaSAMTrainer
 from ..training_args import AdaSAMTrainingArguments
 from .data import load_files, load_task, resolve_path
 from .metrics import make_compute_metrics, predictions_of
 from .record import write_record
 from .tasks import TASKS, Task, get_task
+
+GAP_BATCHES = 4
 
 
 @dataclass
@@ -40,6 +45,13 @@ class ModelArguments:
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model."})
     ignore_mismatched_sizes: bool = field(
         default=False, metadata={"help": "Replace a head whose number of labels is not the task's by a new one."}
+    )
+    init_from: str | None = field(
+        default=None,
+        metadata={
+            "help": "A finished run of this script (its output_dir): start from its weights under a new head, as the "
+            "paper starts RTE, MRPC and STS-B from MNLI. model_name_or_path stays that of the run."
+        },
     )
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Run code from the model's repository. Only for repositories you have read."}
@@ -67,8 +79,29 @@ class DataArguments:
         metadata={"help": "Pad all inputs to max_seq_length, instead of a batch to its longest, in multiples of 8."},
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first so many rows only."})
+    subset_seed: int | None = field(
+        default=None,
+        metadata={
+            "help": "Shuffle the training rows by this seed before max_train_samples and held_out_samples are taken. "
+            "Unset: in the order of the data."
+        },
+    )
+    held_out_samples: int | None = field(
+        default=None,
+        metadata={
+            "help": "Evaluate on so many training rows, which are held out (those after max_train_samples, or the last "
+            "ones), instead of the validation split: for choosing hyperparameters."
+        },
+    )
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on the first so many rows only."})
     max_predict_samples: int | None = field(default=None, metadata={"help": "Predict the first so many rows only."})
+    measure_gap: float | None = field(
+        default=None,
+        metadata={
+            "help": "After training, measure sam_gap of the final weights at this radius, on four training batches "
+            "without dropout (final_sam_gap): how sharp they are, whatever the optimizer was."
+        },
+    )
     overwrite_cache: bool = field(default=False, metadata={"help": "Tokenize again what has been tokenized before."})
 
     def __post_init__(self):
@@ -80,12 +113,20 @@ class DataArguments:
                 f"task_name and train_file are not set; name a task ({', '.join(TASKS)}) or a file (which defines the "
                 "labels, so it is needed also where nothing is trained)"
             )
-        for name in ("max_seq_length", "max_train_samples", "max_eval_samples", "max_predict_samples"):
+        for name in (
+            "max_seq_length",
+            "max_train_samples",
+            "held_out_samples",
+            "max_eval_samples",
+            "max_predict_samples",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(
                     f"{name}={value!r} must be at least 1" + ("" if name == "max_seq_length" else ", or unset")
                 )
+        if self.measure_gap is not None and not 0 < self.measure_gap < float("inf"):
+            raise ValueError(f"measure_gap={self.measure_gap!r} must be a finite radius > 0, or unset; try 0.05")
 
 
 @dataclass(repr=False)
@@ -180,6 +221,11 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: GlueTraining
         trainer.log_metrics("train", metrics)
         trainer.save_metrics("train", metrics)
         trainer.save_state()
+        if data_args.measure_gap is not None:
+            # float32, without autocast
+            model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+            batches = itertools.islice(trainer.get_train_dataloader(), GAP_BATCHES)
+            metrics["final_sam_gap"] = sam_gap(model, batches, data_args.measure_gap)
     if args.do_eval:
         scores: dict[str, float] = {}
         for split, suffix in reversed(task.evaluations):  # the main one last: the model card shows the last
@@ -257,13 +303,20 @@ def _load_data(
     in_files = bool(files)
     evaluations = ["validation"] if in_files or task is None else [split for split, _ in task.evaluations]
     tests = ["test"] if in_files or task is None else [split for split, _ in task.submissions]
-    splits = ["train"] * args.do_train + evaluations * args.do_eval + tests * args.do_predict
+    held_out = data_args.held_out_samples is not None and args.do_eval
+    needs_train = args.do_train or held_out
+    splits = ["train"] * needs_train + evaluations * (args.do_eval and not held_out) + tests * args.do_predict
     if in_files:
         names = data_args.text_column_names
         texts = [name.strip() for name in names.split(",")] if names else None
         task, data = load_files(task, files, texts, data_args.label_column_name, splits)
     else:
         data = load_task(task, data_args.dataset_name_or_path, splits, model_args.cache_dir, args.hub_token)
+    if data_args.subset_seed is not None and needs_train:
+        data["train"] = data["train"].shuffle(seed=data_args.subset_seed)
+    if held_out:
+        data |= _hold_out(data["train"], evaluations, data_args)
+        splits += evaluations
     # Only what is used is tokenized.
     counts = {"train": data_args.max_train_samples, **dict.fromkeys(evaluations, data_args.max_eval_samples)}
     counts |= dict.fromkeys(tests, data_args.max_predict_samples)
@@ -306,7 +359,24 @@ def _load_model(model_args: ModelArguments, task: Task, trains: bool):
     model = AutoModelForSequenceClassification.from_pretrained(
         path, config=config, ignore_mismatched_sizes=model_args.ignore_mismatched_sizes, **common
     )
+    if model_args.init_from is not None:
+        _take_weights(model, model_args.init_from)
     return model, tokenizer
+
+
+def _take_weights(model: PreTrainedModel, run: str) -> None:
+    """Everything below the head, from a finished run. The head stays the new one, also where the labels are alike."""
+    if not (Path(run) / "record.json").is_file():
+        raise FileNotFoundError(
+            f"init_from={run!r} has no record.json, so it is no finished run; finish that run first"
+        )
+    other = AutoModelForSequenceClassification.from_pretrained(run)
+    if type(other) is not type(model):
+        raise ValueError(
+            f"init_from={run!r} is a {type(other).__name__}, model_name_or_path gives a {type(model).__name__}; name "
+            "the model that the run was made of"
+        )
+    model.base_model.load_state_dict(other.base_model.state_dict())
 
 
 def _tokenize(
@@ -339,5 +409,18 @@ def _tokenize(
         )
 
 
-def _head(rows, count: int | None):
+def _hold_out(rows: Dataset, evaluations: list[str], data_args: DataArguments) -> dict[str, Dataset]:
+    """Training rows without, and each evaluation split made of, the rows that are held out."""
+    count = data_args.held_out_samples
+    start = min(data_args.max_train_samples or len(rows), len(rows) - count)
+    if start < 1 or (data_args.max_train_samples or 0) > start:
+        raise ValueError(
+            f"held_out_samples={count!r} leaves too few of the {len(rows)} training rows for "
+            f"max_train_samples={data_args.max_train_samples!r}; lower one of the two"
+        )
+    held_out = rows.select(range(start, start + count))
+    return {"train": rows.select(range(start)), **dict.fromkeys(evaluations, held_out)}
+
+
+def _head(rows: Dataset, count: int | None):
     return rows if count is None else rows.select(range(min(count, len(rows))))
