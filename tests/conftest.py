@@ -5,7 +5,9 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENI
 
 import csv
 import gc
+import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -179,6 +181,18 @@ def build(tmp_path):
         return trainer
 
     return build
+
+
+# ---- scripts ----
+
+
+def load_script(name: str):
+    """A file of scripts/ as a module."""
+    path = Path(__file__).parent.parent / "scripts" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 # ---- a run of scripts/run_glue.py ----

@@ -1,17 +1,15 @@
 """The README's compatibility table, against what the tests say."""
 
-import importlib.util
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from conftest import load_script
 
 ROOT = Path(__file__).parent.parent
-spec = importlib.util.spec_from_file_location("compatibility", ROOT / "scripts" / "compatibility.py")
-compatibility = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(compatibility)
+compatibility = load_script("compatibility")
 
 
 def shown(outcome="passed", scope=None, refused=False, what="DDP", group="Many processes", reason=""):

@@ -1,5 +1,6 @@
 """The frozen table of GLUE's nine tasks, as the hub's `nyu-mll/glue` and the leaderboard define them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -28,6 +29,12 @@ class Task:
     @property
     def is_regression(self) -> bool:
         return not self.labels
+
+    def score(self, metrics: Mapping[str, float]) -> float:
+        """The task's one number, as GLUE averages it: the mean of its metrics and of its evaluations."""
+        name = self.metrics[0] if len(self.metrics) == 1 else "combined_score"
+        values = [metrics[f"eval_{name}{suffix}"] for _, suffix in self.evaluations]
+        return sum(values) / len(values)
 
 
 _PAIR = ("sentence1", "sentence2")

@@ -1,0 +1,279 @@
+"""Sweep files, and the runner that does them."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import load_script
+from test_glue_data import snapshot
+
+from adasam_hf.glue.run import main as run_glue
+from adasam_hf.glue.run import parse
+from adasam_hf.glue.tasks import get_task
+
+ROOT = Path(__file__).parent.parent
+SWEEPS = sorted(path.relative_to(ROOT) for path in ROOT.glob("configs/sweeps/**/*.yaml"))
+TASKS = sorted(path.stem for path in ROOT.glob("configs/glue/*.yaml"))
+METHODS = sorted(path.stem for path in ROOT.glob("configs/optim/*.yaml"))
+sweep_glue = load_script("sweep_glue")
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture
+def glue(tmp_path):
+    """A small snapshot of the named tasks; its last words tell labels apart."""
+
+    def glue(*names):
+        for name in names:
+            task = get_task(name)
+            count = max(len(task.labels), 2)
+            folder = snapshot(tmp_path / "glue" / name, task, labels=[i % count for i in range(24)])
+        return folder if len(names) == 1 else None
+
+    return glue
+
+
+# ---- the files ----
+
+
+def one_step(words, tiny, folder, tmp_path):
+    """The first step of a run, on a small model and few rows, and nothing else of it changed."""
+    trainer = run_glue(
+        [
+            *words,
+            f"--model_name_or_path={tiny}",
+            f"--dataset_name_or_path={folder}",
+            f"--cache_dir={tmp_path / 'cache'}",
+            f"--output_dir={tmp_path / 'out'}",
+            "--ignore_mismatched_sizes",
+            "--use_cpu",
+            "--max_steps=1",
+            "--warmup_steps=0",
+            "--per_device_train_batch_size=4",
+            "--max_eval_samples=4",
+            "--save_strategy=no",
+            "--disable_tqdm=true",
+        ]
+    )
+    assert trainer.state.global_step == 1
+    return trainer
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_first_step_of_each_task(name, tiny, glue, tmp_path):
+    words = [f"--config=configs/glue/{name}.yaml", "--config=configs/optim/adasam.yaml"]
+    _, data, args = parse([*words, "--output_dir=out", "--use_cpu"])
+    # the recipe, as far as it is the same for all
+    assert data.task_name == name and args.adam_epsilon == 1e-6 and args.weight_decay == 0.01
+    assert args.max_grad_norm == 0
+    assert args.warmup_steps / args.max_steps == pytest.approx(0.06, abs=1e-3)
+    trainer = one_step(words, tiny, glue(name), tmp_path)
+    (group, *_) = trainer.optimizer.param_groups
+    assert (group["rho"], group["betas"], group["eps"]) == (0.01, (0.9, 0.98), 1e-6)
+
+
+def test_the_recipe_of_the_sister_work():
+    """Batch, peak rate, updates and warm-up of WHU-ZQH/FSAM4PLM."""
+    table = {
+        "cola": (32, 1e-5, 2668, 160),
+        "sst2": (64, 1e-5, 10467, 628),
+        "mrpc": (32, 1e-5, 1148, 68),
+        "stsb": (32, 2e-5, 1799, 107),
+        "rte": (32, 2e-5, 1018, 61),
+    }
+    for name, expected in table.items():
+        _, _, args = parse([f"--config=configs/glue/{name}.yaml", "--output_dir=out", "--use_cpu"])
+        found = args.per_device_train_batch_size, args.learning_rate, args.max_steps, args.warmup_steps
+        assert found == expected, name
+        assert args.lr_scheduler_type == "polynomial" and args.lr_scheduler_kwargs == {"lr_end": 0.0, "power": 1.0}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_first_step_of_each_optimizer(method, tiny, glue, tmp_path):
+    words = ["--config=configs/small.yaml", f"--config=configs/optim/{method}.yaml", "--task_name=rte"]
+    trainer = one_step(words, tiny, glue("rte"), tmp_path)
+    radius = {"adasam": 0.01, "sam": 0.01}.get(method, 0.0)
+    assert trainer.args.resolved_rho == radius
+    climbed = [entry for entry in trainer.state.log_history if "sam_loss" in entry]
+    assert bool(climbed) == (radius > 0)
+    assert trainer.args.optim == {"adamw": "adamw_torch_fused"}.get(method, method)
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=str)
+def test_each_sweep(path, tiny, glue, tmp_path, monkeypatch):
+    sweep = sweep_glue.Sweep(path, tmp_path / "results")
+    trials = sweep.trials()
+    finals = sweep.finals(lambda task, method: {})
+    assert len({run.record for run in [*trials, *finals]}) == len(trials) + len(finals)
+    assert len(finals) == math.prod(len(values) for values in sweep.axes.values())
+    sweep_glue.check([*trials, *finals])  # parses each
+    for run in trials:
+        assert any(word.startswith("--held_out_samples=") for word in run.words)
+    for run in finals:  # never chosen or trained on what is reported, never reported on what was chosen on
+        assert not any(word.startswith("--held_out_samples=") for word in run.words)
+    words = [word for word in (trials or finals)[0].words if "held_out" not in word and "init_from" not in word]
+    one_step(words, tiny, glue((trials or finals)[0].axes["task_name"]), tmp_path)
+    if sweep.choose == "table1":  # its trials are there to be taken
+        other = sweep_glue.Sweep(path.with_name("table1.yaml"))
+        assert set(sweep.axes["task_name"]) <= set(other.axes["task_name"])
+        assert set(sweep.axes["method"]) <= set(other.axes["method"])
+
+
+def test_large_and_small_sweeps_belong_together():
+    large = {path.name for path in SWEEPS if path.parent.name == "sweeps"}
+    small = {path.name for path in SWEEPS if path.parent.name == "small"}
+    assert large == {"table1.yaml", "table2.yaml", "batch_size.yaml", "mnli.yaml"} and large < small
+    for name in large:
+        sweep = sweep_glue.Sweep(Path("configs/sweeps") / name)
+        for run in sweep.finals(lambda task, method: {}):
+            starts = any(word == "--init_from=runs/sweeps/roberta-large/mnli/mnli-adamw-1" for word in run.words)
+            assert starts == (run.axes["task_name"] in ("rte", "mrpc", "stsb"))
+    (source,) = sweep_glue.Sweep(Path("configs/sweeps/mnli.yaml")).finals(lambda task, method: {})
+    assert str(source.folder) == "runs/sweeps/roberta-large/mnli/mnli-adamw-1" and source.keep_model
+
+
+# ---- from a file to runs ----
+
+
+def write_sweep(tmp_path, **changes):
+    content = {
+        "output_dir": str(tmp_path / "results"),
+        "configs": ["configs/optim/{method}.yaml"],
+        "arguments": {"do_train": True, "do_eval": True, "model_name_or_path": "nowhere", "learning_rate": 1e-4},
+        "axes": {"task_name": ["rte", "mrpc"], "method": ["amsgrad", "adasam"], "seed": [1, 2]},
+        "choose": {
+            "arguments": {"held_out_samples": 8, "seed": 0},
+            "grid": {
+                "amsgrad": {"learning_rate": ["1e-3", "1e-4"]},
+                "adasam": {"learning_rate": ["1e-3"], "sam_rho": [0.01, 0.05]},
+            },
+        },
+    }
+    path = tmp_path / "sweep.yaml"
+    path.write_text(yaml.safe_dump({k: v for k, v in (content | changes).items() if v is not None}, sort_keys=False))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"axis": {}}, r"unknown keys \['axis'\]"),
+        ({"axes": {"task_name": ["rte"], "seed": [1]}}, r"axes has no \['method'\]"),
+        ({"configs": None}, "must be a mapping with output_dir, configs and axes"),
+        ({"choose": {"arguments": {}, "grid": {"adasam": {"sam_rho": [0.1]}}}}, r"no \['amsgrad'\]"),
+        (
+            {"choose": {"arguments": {}, "grid": {"adasam": {"sam_rho": [0.1]}, "amsgrad": {"seed": [1, 2]}}}},
+            r"unfair.*'amsgrad': 2, 'adasam': 1",
+        ),
+    ],
+)
+def test_bad_files(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        sweep_glue.Sweep(write_sweep(tmp_path, **changes))
+
+
+def test_bad_arguments_are_found_before_anything_runs(tmp_path):
+    sweep = sweep_glue.Sweep(
+        write_sweep(tmp_path, arguments={"do_train": True, "model_name_or_path": "x", "sam_row": 1})
+    )
+    with pytest.raises(ValueError, match="sam_row"):
+        sweep_glue.check(sweep.trials())
+    sweep = sweep_glue.Sweep(write_sweep(tmp_path, configs=["configs/optim/nothing.yaml"]))
+    with pytest.raises(FileNotFoundError, match=r"nothing\.yaml"):
+        sweep_glue.check(sweep.trials())
+
+
+def test_more_arguments_for_some_and_the_scaled_rate(tmp_path):
+    axes = {"task_name": ["rte", "mrpc"], "method": ["adasam"], "per_device_train_batch_size": [8, 32], "seed": [1]}
+    when = [{"task_name": ["mrpc"], "per_device_train_batch_size": [8], "arguments": {"weight_decay": 0.5}}]
+    path = write_sweep(tmp_path, axes=axes, when=when, choose=None, scale_learning_rate_from=32)
+    found = {}
+    for run in sweep_glue.Sweep(path).finals(lambda task, method: {"learning_rate": "1e-3"}):
+        _, _, args = sweep_glue.parse_run(run.words)
+        found[run.name] = (args.learning_rate, args.weight_decay)
+    assert found == {
+        "rte-adasam-8-1": (pytest.approx(5e-4), 0.0),
+        "rte-adasam-32-1": (pytest.approx(1e-3), 0.0),
+        "mrpc-adasam-8-1": (pytest.approx(5e-4), 0.5),
+        "mrpc-adasam-32-1": (pytest.approx(1e-3), 0.0),
+    }
+
+
+def put(run, score, **more):
+    """A finished record, as far as it is looked at."""
+    run.record.parent.mkdir(parents=True, exist_ok=True)
+    names = {"rte": ["eval_accuracy"], "mrpc": ["eval_combined_score"]}[run.axes["task_name"]]
+    content = {
+        "flags": list(run.words),
+        "axes": run.axes,
+        "metrics": dict.fromkeys(names, score),
+        "seconds_per_row": 0.5,
+    }
+    run.record.write_text(json.dumps(content | more))
+
+
+def test_the_best_trial_is_chosen(tmp_path):
+    sweep = sweep_glue.Sweep(write_sweep(tmp_path))
+    trials = sweep.trials()
+    scores = {"rte-amsgrad": [0.5, 0.6], "rte-adasam": [float("nan"), 0.1], "mrpc-amsgrad": [0.8, 0.7]}
+    for key, (first, second) in scores.items():
+        mine = [run for run in trials if run.name.startswith(key)]
+        assert len(mine) == 2
+        put(mine[0], first)
+        put(mine[1], second)
+    assert sweep.chosen("rte", "amsgrad") == {"learning_rate": "1e-4"}
+    assert sweep.chosen("rte", "adasam") == {"learning_rate": "1e-3", "sam_rho": 0.05}
+    assert sweep.chosen("mrpc", "amsgrad") == {"learning_rate": "1e-3"}
+    with pytest.raises(ValueError, match="0 of 2 trials of adasam on mrpc"):
+        sweep.chosen("mrpc", "adasam")
+    other = sweep_glue.Sweep(write_sweep(tmp_path, choose="sweep", axes=sweep.axes).rename(tmp_path / "other.yaml"))
+    write_sweep(tmp_path)
+    assert other.chosen("mrpc", "amsgrad") == {"learning_rate": "1e-3"}  # another sweep's trials
+    run = next(r for r in sweep.finals(lambda *key: {"learning_rate": "1e-3", "sam_rho": 0.05}) if "adasam" in r.name)
+    _, data, args = sweep_glue.parse_run(run.words)
+    assert (args.sam_rho, args.learning_rate, args.seed, data.held_out_samples) == (0.05, 1e-3, 1, None)
+
+
+def test_a_record_of_other_arguments_is_not_taken(tmp_path):
+    trials = sweep_glue.Sweep(write_sweep(tmp_path)).trials()
+    put(trials[0], 0.5)
+    sweep_glue.check(trials)
+    put(trials[0], 0.5, flags=["--learning_rate=7"])
+    with pytest.raises(ValueError, match=r"other arguments.*learning_rate=7.*move it away"):
+        sweep_glue.check(trials)
+
+
+def test_the_time_that_is_left(tmp_path):
+    arguments = {"do_train": True, "model_name_or_path": "x", "max_train_samples": 100, "num_train_epochs": 2}
+    sweep = sweep_glue.Sweep(write_sweep(tmp_path, arguments=arguments))
+    trials = sweep.trials()
+    assert set(sweep_glue.estimate(trials).values()) == {None}
+    work = {run.name.split("-")[1]: sweep_glue.work(run) for run in trials}
+    assert work == {"amsgrad": 200, "adasam": 400}  # rows, twice where the weights climb
+    put(trials[0], 0.5, seconds_per_row=0.5)
+    put(trials[1], 0.5, seconds_per_row=0.7)
+    seconds = sweep_glue.estimate(trials)
+    assert [seconds[run] for run in trials if "adasam" in run.name] == [pytest.approx(20 + 400 * 0.6)] * 4
+    assert [seconds[run] for run in trials if "mrpc-amsgrad" in run.name] == [pytest.approx(20 + 200 * 0.6)] * 2
+
+
+def test_dry_run_says_what_would_run(tmp_path, capsys, monkeypatch):
+    path = write_sweep(tmp_path)
+    put(sweep_glue.Sweep(path).trials()[0], 0.5)
+    monkeypatch.setattr(sys, "argv", ["sweep_glue.py", str(path), "--dry_run"])
+    assert sweep_glue.main() == 0
+    said = capsys.readouterr().out
+    assert "trials: 8 runs, 1 finished; time left: about" in said and "runs: 8 runs, 0 finished" in said
+    assert "rte   amsgrad  1/2" in said
+    assert not (tmp_path / "results" / "records" / "sweep" / "rte-amsgrad-1.json").exists()
+    monkeypatch.setattr(sys, "argv", ["sweep_glue.py", str(tmp_path / "nothing.yaml")])
+    with pytest.raises(SystemExit):
+        sweep_glue.main()
+    assert "does not exist" in capsys.readouterr().err
