@@ -14,7 +14,6 @@ from .optim import AdaSAM
 from .perturbation import check_radius
 from .schedule import SHAPES, Schedule, Shape
 
-DEFAULT_RHO = {"gradient": 0.05, "momentum": 0.4}  # by direction
 # The paper's four methods: two updates, each with and without the ascent.
 ADASAM_NAMES = ("adasam", "amsgrad")
 SGD_NAMES = ("sam", "sgdm")
@@ -28,9 +27,9 @@ Preset = Literal["full", "fast", "free"]
 # What a preset stands for where the argument itself is unset. Costs: results/benchmark_step; what each keeps:
 # results/benchmark_flatness.
 PRESETS = {
-    "full": {"sam_direction": "gradient", "sam_ascent_fraction": 1.0},
-    "fast": {"sam_direction": "gradient", "sam_ascent_fraction": 0.25},
-    "free": {"sam_direction": "momentum", "sam_ascent_fraction": 1.0},
+    "full": {"sam_direction": "gradient", "sam_ascent_fraction": 1.0, "sam_rho": 0.05},
+    "fast": {"sam_direction": "gradient", "sam_ascent_fraction": 0.25, "sam_rho": 0.1},
+    "free": {"sam_direction": "momentum", "sam_ascent_fraction": 1.0, "sam_rho": 0.4},
 }
 
 
@@ -283,7 +282,12 @@ class SharpnessAwareArgumentsMixin:
         """The radius that the arguments alone imply; an `AdaSAM` instance given to the trainer brings its own."""
         if self.sam_rho is not None:
             return self.sam_rho
-        return DEFAULT_RHO[self.resolved_direction] if self.optim in RADIUS_ZERO.values() else 0.0
+        if self.optim not in RADIUS_ZERO.values():
+            return 0.0
+        preset = PRESETS[self.sam_preset]
+        if preset["sam_direction"] != self.resolved_direction:  # radii of one direction mean nothing to the other
+            preset = PRESETS["free" if self.resolved_direction == "momentum" else "full"]
+        return preset["sam_rho"]
 
     def stock(self) -> "SharpnessAwareArgumentsMixin":
         """A copy as Transformers reads it: its own β2 and ε where unset."""

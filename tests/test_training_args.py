@@ -237,8 +237,11 @@ def test_presets_stand_for_what_is_unset(make):
     assert resolved(sam_preset="fast", sam_ascent_fraction=0.5) == ("gradient", 0.5)
     assert resolved(sam_preset="free", sam_direction="gradient") == ("gradient", 1.0)
     assert resolved(sam_preset="fast", sam_direction="momentum") == ("momentum", 1.0)
-    assert make(optim="adasam", sam_preset="fast").resolved_rho == 0.05
+    assert make(optim="adasam", sam_preset="fast").resolved_rho == 0.1
     assert make(optim="adasam", sam_preset="free").resolved_rho == 0.4
+    # radii belong to a direction
+    assert make(optim="adasam", sam_preset="free", sam_direction="gradient").resolved_rho == 0.05
+    assert make(optim="adasam", sam_preset="fast", sam_direction="momentum").resolved_rho == 0.4
     assert make(optim="adasam", sam_preset="free", sam_rho=0.1).resolved_rho == 0.1
     assert make(optim="adamw_torch", sam_preset="free").resolved_rho == 0.0
     args = make(optim="adasam", sam_preset="fast")
