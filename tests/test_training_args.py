@@ -232,7 +232,7 @@ def test_presets_stand_for_what_is_unset(make):
         return args.resolved_direction, args.resolved_ascent_fraction
 
     assert resolved() == resolved(sam_preset="full") == ("gradient", 1.0)
-    assert resolved(sam_preset="fast") == ("gradient", 0.25)
+    assert resolved(sam_preset="fast") == ("gradient", 0.125)
     assert resolved(sam_preset="free") == ("momentum", 1.0)
     assert resolved(sam_preset="fast", sam_ascent_fraction=0.5) == ("gradient", 0.5)
     assert resolved(sam_preset="free", sam_direction="gradient") == ("gradient", 1.0)
