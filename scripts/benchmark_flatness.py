@@ -61,7 +61,14 @@ GAP_RHO = 0.05
 
 def run(task: str, mode: str, seed: int, data: str) -> dict:
     """One run and its measures."""
-    words = [*COMMON, *TASKS[task], *MODES[mode], f"--task_name={task}", f"--seed={seed}", f"--dataset_name_or_path={data}"]
+    words = [
+        *COMMON,
+        *TASKS[task],
+        *MODES[mode],
+        f"--task_name={task}",
+        f"--seed={seed}",
+        f"--dataset_name_or_path={data}",
+    ]
     words += [f"--use_cpu={not torch.accelerator.is_available()}"]
     output = Path("runs/benchmark_flatness") / f"{task}-{mode}-{seed}"
     trainer = run_glue([*words, f"--output_dir={output}"])

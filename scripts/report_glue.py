@@ -1,0 +1,501 @@
+#!/usr/bin/env python
+"""The report on the records of scripts/sweep_glue.py: tables, pictures, and a verdict on each claim of the paper.
+
+    python scripts/report_glue.py results/small
+
+reads results/small/records and nothing else, and writes results/small/REPORT.md and the pictures beside it.
+
+A verdict follows from a rule that is fixed before the runs, at the 95 % level, over seeds (a run of one method and a
+run of another with the same seed make a pair):
+
+* a difference is confirmed if the paired t test says so with the paper's sign, not confirmed if it says so with the
+  other sign, and otherwise the runs cannot tell;
+* "on most tasks" is confirmed if more than half of the tasks have a positive mean difference in at least 95 % of the
+  bootstrap's samples of the seeds, not confirmed if in at most 5 %;
+* the linear speed-up is confirmed if the whole interval of the exponent (Student's t) is within 0.25 of -1, not
+  confirmed if the whole of it is farther away.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from scipy import stats
+
+from adasam_hf.glue.tasks import get_task
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+NAMES = {"sgdm": "SGD", "sam": "SAM", "amsgrad": "AMSGrad", "adasam": "AdaSAM", "adamw": "AdamW"}
+PAPER = ("sgdm", "sam", "amsgrad", "adasam")
+SAMPLES = 10_000  # of the bootstrap
+WINDOW = 256  # training rows over which a loss curve is averaged
+NEAR = 0.25  # of the exponent to -1
+CONFIRMED, DENIED, UNKNOWN = "confirmed here", "not confirmed here", "cannot tell from these runs"
+
+
+# ---- records ----
+
+
+def read(folder: Path) -> tuple[list[dict], list[dict]]:
+    """Runs and trials."""
+    records = [json.loads(path.read_text()) for path in sorted(folder.glob("records/**/*.json"))]
+    if not records:
+        raise ValueError(f"{folder}/records has no records; make some with scripts/sweep_glue.py")
+    return [r for r in records if r["trial"] is None], [r for r in records if r["trial"] is not None]
+
+
+def score(record: dict) -> float:
+    """The task's number, times 100."""
+    return 100 * get_task(record["axes"]["task_name"]).score(record["metrics"])
+
+
+@dataclass
+class Grid:
+    """The runs of one sweep by task, method and seed."""
+
+    runs: dict[tuple[str, str, int], dict]
+
+    @classmethod
+    def of(cls, runs: Sequence[dict], sweep: str) -> "Grid":
+        chosen = [r for r in runs if r["sweep"] == sweep]
+        return cls({(r["axes"]["task_name"], r["axes"]["method"], r["axes"]["seed"]): r for r in chosen})
+
+    def _seen(self, index: int) -> list:
+        return list(dict.fromkeys(key[index] for key in self.runs))
+
+    @property
+    def tasks(self) -> list[str]:
+        return sorted(self._seen(0))
+
+    @property
+    def methods(self) -> list[str]:
+        return [method for method in NAMES if method in self._seen(1)]
+
+    def values(self, task: str, method: str, value: Callable[[dict], float] = score) -> dict[int, float]:
+        """Seed → value."""
+        return {s: value(r) for (t, m, s), r in sorted(self.runs.items()) if (t, m) == (task, method)}
+
+    def average(self, method: str, value: Callable[[dict], float] = score) -> dict[int, float]:
+        """Seed → mean over the tasks, for seeds that have them all."""
+        columns = [self.values(task, method, value) for task in self.tasks]
+        seeds = set.intersection(*(set(column) for column in columns)) if columns else set()
+        return {seed: statistics.mean(column[seed] for column in columns) for seed in sorted(seeds)}
+
+
+# ---- statistics ----
+
+
+def bootstrap(values: Sequence[float]) -> tuple[float, float]:
+    """95 % interval of the mean by resampling, percentiles."""
+    values = np.asarray(values)
+    picks = np.random.default_rng(0).integers(len(values), size=(SAMPLES, len(values)))
+    low, high = np.percentile(values[picks].mean(axis=1), [2.5, 97.5])
+    return float(low), float(high)
+
+
+@dataclass
+class Difference:
+    """Paired over seeds: mean, standard deviation, p of the t test, interval of the bootstrap."""
+
+    values: list[float]
+
+    @classmethod
+    def between(cls, one: dict[int, float], other: dict[int, float]) -> "Difference":
+        return cls([one[seed] - other[seed] for seed in sorted(set(one) & set(other))])
+
+    @property
+    def mean(self) -> float:
+        return statistics.mean(self.values) if self.values else math.nan
+
+    @property
+    def p(self) -> float:
+        """Of no difference; not a number with fewer than two pairs."""
+        if len(self.values) < 2:
+            return math.nan
+        if len(set(self.values)) == 1:
+            return 1.0 if self.values[0] == 0 else 0.0
+        return float(stats.ttest_1samp(self.values, 0.0).pvalue)
+
+    def verdict(self, sign: int = 1) -> str:
+        if math.isnan(self.p) or self.p >= 0.05:
+            return UNKNOWN
+        return CONFIRMED if self.mean * sign > 0 else DENIED
+
+    def __str__(self) -> str:
+        if len(self.values) < 2:
+            return f"{self.mean:+.2f} (one pair)" if self.values else "–"
+        low, high = bootstrap(self.values)
+        return f"{self.mean:+.2f} [{low:+.2f}, {high:+.2f}], p = {self.p:.3f}"
+
+
+def share_of_most(differences: Sequence[Sequence[float]]) -> float:
+    """Share of the bootstrap's samples of seeds in which more than half of the tasks have a positive mean difference.
+
+    differences: task × seed.
+    """
+    table = np.asarray(differences)
+    picks = np.random.default_rng(0).integers(table.shape[1], size=(SAMPLES, table.shape[1]))
+    wins = (table[:, picks].mean(axis=2) > 0).sum(axis=0)
+    return float((wins > len(table) / 2).mean())
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and half the width of Student's 95 % interval."""
+    if len(values) < 2:
+        return statistics.mean(values), math.inf
+    half = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    return statistics.mean(values), float(half)
+
+
+# ---- loss curves ----
+
+
+def losses(record: dict) -> np.ndarray:
+    """Training loss (at w) of each iteration, averaged over the last WINDOW rows."""
+    raw = np.array([float(e["loss"]) for e in record["log_history"] if "loss" in e])
+    width = max(1, WINDOW // record["axes"].get("per_device_train_batch_size", record["arguments"][BATCH]))
+    sums = np.cumsum(np.insert(raw, 0, 0.0))
+    ends = np.arange(1, len(raw) + 1)
+    starts = np.maximum(ends - width, 0)
+    return (sums[ends] - sums[starts]) / (ends - starts)
+
+
+BATCH = "per_device_train_batch_size"
+
+
+def level_of(curves: Sequence[np.ndarray]) -> float:
+    """The loss half way from where the runs begin to the lowest that all of them reach."""
+    begin = statistics.mean(float(curve[0]) for curve in curves)
+    reached = max(float(curve.min()) for curve in curves)
+    return (begin + reached) / 2
+
+
+def iterations_to(curve: np.ndarray, level: float) -> int:
+    """The first iteration, from 1, at or below the level."""
+    return int(np.argmax(curve <= level)) + 1
+
+
+def exponents(runs: Sequence[dict]) -> tuple[float, dict[int, dict[int, int]], list[float]]:
+    """Of one task's runs: the level, seed → b → iterations, and for each seed the slope of log iterations on log b."""
+    curves = {(r["axes"]["seed"], r["axes"][BATCH]): losses(r) for r in runs}
+    level = level_of(list(curves.values()))
+    found: dict[int, dict[int, int]] = {}
+    for (seed, size), curve in sorted(curves.items()):
+        found.setdefault(seed, {})[size] = iterations_to(curve, level)
+    full = max(len(sizes) for sizes in found.values())
+    slopes = [
+        float(np.polyfit(np.log(list(sizes)), np.log(list(sizes.values())), 1)[0])
+        for sizes in found.values()
+        if len(sizes) == full > 1
+    ]
+    return level, found, slopes
+
+
+# ---- tables ----
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows]]
+    return "\n".join(lines)
+
+
+def spread(values: dict[int, float], digits: int = 2) -> str:
+    if not values:
+        return "–"
+    mean = f"{statistics.mean(values.values()):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values.values()):.{digits}f}" if len(values) > 1 else f"{mean} (one seed)"
+
+
+def table(grid: Grid, value: Callable[[dict], float] = score, digits: int = 2) -> str:
+    """Methods × tasks and their average: mean ± standard deviation over seeds."""
+    rows = [
+        [
+            NAMES[method],
+            *(spread(grid.values(task, method, value), digits) for task in grid.tasks),
+            spread(grid.average(method, value), digits),
+        ]
+        for method in grid.methods
+    ]
+    return markdown(["", *(task.upper() for task in grid.tasks), "average"], rows)
+
+
+def differences(grid: Grid, one: str, other: str) -> str:
+    """Task by task and on average: mean difference, its bootstrap interval and p."""
+    cells = [str(Difference.between(grid.values(t, one), grid.values(t, other))) for t in grid.tasks]
+    cells.append(str(Difference.between(grid.average(one), grid.average(other))))
+    return markdown(["", *(t.upper() for t in grid.tasks), "average"], [[f"{NAMES[one]} – {NAMES[other]}", *cells]])
+
+
+# ---- pictures ----
+
+
+def save(figure, path: Path) -> None:
+    figure.tight_layout()
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    pyplot.close(figure)
+
+
+def plot_losses(grid: Grid, path: Path) -> None:
+    """Training loss against iterations, one panel for each task: mean and standard deviation over seeds."""
+    figure, axes = pyplot.subplots(1, len(grid.tasks), figsize=(3.6 * len(grid.tasks), 3.2), squeeze=False)
+    for axis, task in zip(axes[0], grid.tasks, strict=True):
+        for method in grid.methods:
+            curves = [losses(r) for (t, m, _), r in grid.runs.items() if (t, m) == (task, method)]
+            length = min((len(c) for c in curves), default=0)
+            stacked = np.array([c[:length] for c in curves])
+            if stacked.size:
+                steps, mean, deviation = np.arange(1, length + 1), stacked.mean(axis=0), stacked.std(axis=0)
+                (line,) = axis.plot(steps, mean, label=NAMES[method])
+                axis.fill_between(steps, mean - deviation, mean + deviation, alpha=0.15, color=line.get_color())
+        axis.set_title(task.upper())
+        axis.set_xlabel("iteration")
+    axes[0][0].set_ylabel("training loss")
+    axes[0][0].legend()
+    save(figure, path)
+
+
+def plot_batch_sizes(runs: Sequence[dict], path: Path) -> None:
+    """Above: loss against iterations for each b. Below: iterations to the level against b."""
+    tasks = sorted({r["axes"]["task_name"] for r in runs})
+    figure, axes = pyplot.subplots(2, len(tasks), figsize=(4.2 * len(tasks), 6), squeeze=False)
+    for column, task in enumerate(tasks):
+        mine = [r for r in runs if r["axes"]["task_name"] == task]
+        level, found, _ = exponents(mine)
+        for size in sorted({r["axes"][BATCH] for r in mine}):
+            curves = [losses(r) for r in mine if r["axes"][BATCH] == size]
+            length = min(len(c) for c in curves)
+            mean = np.mean([c[:length] for c in curves], axis=0)
+            axes[0][column].plot(np.arange(1, length + 1), mean, label=f"b = {size}")
+        axes[0][column].axhline(level, linestyle="--", color="gray")
+        axes[0][column].set(title=task.upper(), xlabel="iteration", ylabel="training loss", xscale="log")
+        axes[0][column].legend()
+        for sizes in found.values():
+            axes[1][column].plot(list(sizes), list(sizes.values()), "o", color="tab:blue", alpha=0.5)
+        sizes = sorted({size for values in found.values() for size in values})
+        start = statistics.geometric_mean(values[sizes[0]] for values in found.values() if sizes[0] in values)
+        axes[1][column].plot(sizes, [start * sizes[0] / size for size in sizes], "--", color="gray", label="∝ 1/b")
+        axes[1][column].set(xlabel="batch size b", ylabel="iterations to the level", xscale="log", yscale="log")
+        axes[1][column].legend()
+    save(figure, path)
+
+
+def plot_radii(trials: Sequence[dict], path: Path) -> None:
+    """Score on held-out rows against the radius: the best trial at each; radius 0 is AMSGrad or SGD."""
+    tasks = sorted({r["axes"]["task_name"] for r in trials})
+    figure, axes = pyplot.subplots(1, len(tasks), figsize=(3.6 * len(tasks), 3.2), squeeze=False)
+    for axis, task in zip(axes[0], tasks, strict=True):
+        for method, plain in (("adasam", "amsgrad"), ("sam", "sgdm")):
+            best: dict[float, float] = {}
+            for record in trials:
+                if record["axes"]["task_name"] == task and record["axes"]["method"] in (method, plain):
+                    radius = float(record["trial"].get("sam_rho", 0.0))
+                    best[radius] = max(best.get(radius, -math.inf), score(record))
+            if best:
+                axis.plot(range(len(best)), [best[radius] for radius in sorted(best)], "o-", label=NAMES[method])
+                axis.set_xticks(range(len(best)), [f"{radius:g}" for radius in sorted(best)])
+        axis.set(title=task.upper(), xlabel="radius (0: without ascent)")
+    axes[0][0].set_ylabel("score on held-out rows")
+    axes[0][0].legend()
+    save(figure, path)
+
+
+# ---- verdicts ----
+
+
+@dataclass
+class Claim:
+    """What the paper says, how that is known, and what these runs say."""
+
+    text: str
+    known: str
+    verdict: str
+    number: str
+
+
+def claims(with_momentum: Grid, without: Grid, sizes: Sequence[dict]) -> list[Claim]:
+    """A verdict on each claim of the paper."""
+    read, remembered = "read", "remembered, not re-read"
+    out = []
+
+    def most(grid: Grid) -> tuple[str, str]:
+        pairs = [Difference.between(grid.values(t, "adasam"), grid.values(t, "amsgrad")).values for t in grid.tasks]
+        count = min((len(p) for p in pairs), default=0)
+        if count < 2:
+            return UNKNOWN, "no pairs of runs"
+        wins = sum(statistics.mean(p) > 0 for p in pairs)
+        share = share_of_most([p[:count] for p in pairs])
+        verdict = CONFIRMED if share >= 0.95 else DENIED if share <= 0.05 else UNKNOWN
+        return (
+            verdict,
+            f"higher on {wins} of {len(pairs)} tasks; most of them in {share:.0%} of the bootstrap's samples",
+        )
+
+    def compare(one: dict[int, float], other: dict[int, float], sign: int = 1) -> tuple[str, str]:
+        found = Difference.between(one, other)
+        return found.verdict(sign), str(found) if found.values else "no pairs of runs"
+
+    out.append(
+        Claim("AdaSAM is better than AMSGrad on most tasks", f"{read}; 6 of 8: {remembered}", *most(with_momentum))
+    )
+    for grid, text, known in (
+        (with_momentum, "AdaSAM's average is above AMSGrad's", f"by 0.28: {remembered}"),
+        (without, "the same without momentum", f"by 0.74: {remembered}"),
+    ):
+        out.append(Claim(text, known, *compare(grid.average("adasam"), grid.average("amsgrad"))))
+    for method in PAPER:
+        common = [task for task in with_momentum.tasks if task in without.tasks]
+        one, other = (
+            Grid({k: r for k, r in grid.runs.items() if k[0] in common}).average(method)
+            for grid in (with_momentum, without)
+        )
+        out.append(Claim(f"momentum helps {NAMES[method]}", read, *compare(one, other)))
+    for method, plain in (("amsgrad", "sgdm"), ("adasam", "sam")):
+        text = f"the adaptive rate helps: {NAMES[method]} is above {NAMES[plain]}"
+        out.append(Claim(text, read, *compare(with_momentum.average(method), with_momentum.average(plain))))
+    for task in sorted({r["axes"]["task_name"] for r in sizes}):
+        _, _, slopes = exponents([r for r in sizes if r["axes"]["task_name"] == task])
+        verdict, number = UNKNOWN, "no complete seed"
+        if slopes:
+            mean, half = interval(slopes)
+            away = abs(mean + 1)
+            verdict = CONFIRMED if away + half <= NEAR else DENIED if away - half > NEAR else UNKNOWN
+            number = f"exponent {mean:.2f} ± {half:.2f} over {len(slopes)} seeds"
+        out.append(
+            Claim(f"iterations to a loss level fall as 1/b ({task.upper()}: exponent -1)", read, verdict, number)
+        )
+    return out
+
+
+# ---- the page ----
+
+
+def gap(record: dict) -> float:
+    return record["metrics"].get("final_sam_gap", math.nan)
+
+
+def chosen(runs: Sequence[dict], trials: Sequence[dict]) -> str:
+    """What the trials chose, by sweep, task and method, and how many there were."""
+    rows = []
+    groups = itertools.groupby(
+        sorted(runs, key=lambda r: (r["sweep"], r["axes"]["task_name"], list(NAMES).index(r["axes"]["method"]))),
+        key=lambda r: (r["sweep"], r["axes"]["task_name"], r["axes"]["method"]),
+    )
+    for (sweep, task, method), mine in groups:
+        count = sum((t["sweep"], t["axes"]["task_name"], t["axes"]["method"]) == (sweep, task, method) for t in trials)
+        arguments = next(iter(mine))["arguments"]
+        rows.append(
+            [sweep, task.upper(), NAMES[method], f"{arguments['learning_rate']:g}", radius_of(arguments), str(count)]
+        )
+    return markdown(["sweep", "task", "method", "rate", "radius", "trials"], rows)
+
+
+def radius_of(arguments: dict) -> str:
+    return "–" if arguments.get("sam_rho") is None else f"{arguments['sam_rho']:g}"
+
+
+def origin(records: Sequence[dict]) -> str:
+    """Commits, versions and machines."""
+
+    def unique(values) -> str:
+        return ", ".join(sorted({str(v) for v in values}))
+
+    commits = unique((r["commit"] or "unknown")[:12] + (" (with changes)" if r["dirty"] else "") for r in records)
+    versions = unique(", ".join(f"{k} {v}" for k, v in r["versions"].items()) for r in records)
+    machines = unique(", ".join(r["hardware"]["accelerators"]) or f"{r['hardware']['cpus']} CPU cores" for r in records)
+    hours = sum(r["metrics"]["train_runtime"] for r in records) / 3600
+    again = sum(r["attempts"] > 1 for r in records)
+    return (
+        f"{len(records)} runs, {hours:.1f} hours of training in all; {again} of them needed a second attempt. "
+        f"Commit: {commits}. Versions: {versions}. Machine: {machines}."
+    )
+
+
+def report(folder: Path) -> str:
+    """The page; writes the pictures."""
+    runs, trials = read(folder)
+    table1, table2 = Grid.of(runs, "table1"), Grid.of(runs, "table2")
+    sizes = [r for r in runs if r["sweep"] == "batch_size"]
+    model = ", ".join(sorted({r["arguments"]["model_name_or_path"] for r in runs}))
+    parts = [
+        f"# GLUE with {model}",
+        f"Made by `python scripts/report_glue.py {folder}` from the records there.",
+        origin(runs + trials),
+    ]
+    verdicts = [[c.text, c.known, f"**{c.verdict}**", c.number] for c in claims(table1, table2, sizes)]
+    parts += [
+        "## Verdicts",
+        "The claims of arXiv:2303.00565, and how each is known to us. Differences are of scores × 100, paired by seed: "
+        "mean, bootstrap interval (95 %), p of the paired t test. The rules are in scripts/report_glue.py.",
+        markdown(["claim", "known from", "verdict", "the number that decides"], verdicts),
+    ]
+    for grid, title in ((table1, "With momentum (the paper's table 1)"), (table2, "Without momentum (its ablation)")):
+        if grid.runs:
+            parts += [
+                f"## {title}",
+                "Score × 100 on the validation set, mean ± standard deviation over seeds.",
+                table(grid),
+            ]
+            if {"adasam", "amsgrad"} <= set(grid.methods):
+                parts.append(differences(grid, "adasam", "amsgrad"))
+            parts += [
+                "`sam_gap` of the final weights (lower is flatter), in thousandths:",
+                table(grid, lambda r: 1000 * gap(r), 1),
+            ]
+    if table1.runs:
+        plot_losses(table1, folder / "loss.png")
+        parts += ["Training loss against iterations:", "![training loss against iterations](loss.png)"]
+    if sizes:
+        plot_batch_sizes(sizes, folder / "batch_size.png")
+        rows = []
+        for task in sorted({r["axes"]["task_name"] for r in sizes}):
+            level, found, slopes = exponents([r for r in sizes if r["axes"]["task_name"] == task])
+            for seed, counts in found.items():
+                rows.append(
+                    [task.upper(), f"{level:.3f}", str(seed), ", ".join(f"{b}: {n}" for b, n in counts.items())]
+                )
+            if slopes:
+                mean, half = interval(slopes)
+                rows.append([task.upper(), "", "all", f"exponent {mean:.2f} ± {half:.2f}"])
+        parts += [
+            "## Batch size",
+            "AdaSAM with the rate ∝ √b and as many epochs each. Level: the training loss half way from where the runs "
+            f"begin to the lowest that all of them reach, each averaged over {WINDOW} rows.",
+            markdown(["task", "level", "seed", "b: iterations to the level"], rows),
+            "![loss and iterations against the batch size](batch_size.png)",
+        ]
+    if trials:
+        plot_radii(trials, folder / "radius.png")
+        parts += [
+            "## Radius",
+            "Score × 100 on rows held out from training (one seed, the best rate of the trials at each radius):",
+            "![score against the radius](radius.png)",
+        ]
+    parts += ["## What the trials chose", chosen(runs, trials)]
+    return "\n\n".join(parts) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="the output_dir of sweeps")
+    args = parser.parse_args()
+    try:
+        text = report(args.folder)
+    except ValueError as error:
+        parser.error(str(error))
+    (args.folder / "REPORT.md").write_text(text, encoding="utf-8")
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
