@@ -343,7 +343,7 @@ class Ray:
         @ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)
         def remote(run: Run, machine: list[str], root: str, threads: int) -> dict:
             os.chdir(root)
-            return execute(run, machine, threads)
+            return execute(run, machine, threads) | {"node": ray.get_runtime_context().get_node_id()}
 
         self.remote, self.threads = remote, max(1, int(cpus))
 

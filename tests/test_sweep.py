@@ -1,8 +1,14 @@
 """Sweep files, and the runner that does them."""
 
+import fcntl
 import json
 import math
+import os
+import shutil
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -22,20 +28,20 @@ sweep_glue = load_script("sweep_glue")
 
 
 @pytest.fixture(autouse=True)
-def at_the_root(monkeypatch):
+def at_the_root(monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
+    yield
+    shutil.rmtree(ROOT / "runs" / "sweeps" / tmp_path.name, ignore_errors=True)  # logs of real runs
 
 
 @pytest.fixture
 def glue(tmp_path):
-    """A small snapshot of the named tasks; its last words tell labels apart."""
+    """A small snapshot of a task."""
 
-    def glue(*names):
-        for name in names:
-            task = get_task(name)
-            count = max(len(task.labels), 2)
-            folder = snapshot(tmp_path / "glue" / name, task, labels=[i % count for i in range(24)])
-        return folder if len(names) == 1 else None
+    def glue(name):
+        task = get_task(name)
+        count = max(len(task.labels), 2)
+        return snapshot(tmp_path / "glue" / name, task, labels=[i % count for i in range(24)])
 
     return glue
 
@@ -144,7 +150,7 @@ def test_large_and_small_sweeps_belong_together():
 
 def write_sweep(tmp_path, **changes):
     content = {
-        "output_dir": str(tmp_path / "results"),
+        "output_dir": str(tmp_path / tmp_path.name),
         "configs": ["configs/optim/{method}.yaml"],
         "arguments": {"do_train": True, "do_eval": True, "model_name_or_path": "nowhere", "learning_rate": 1e-4},
         "axes": {"task_name": ["rte", "mrpc"], "method": ["amsgrad", "adasam"], "seed": [1, 2]},
@@ -272,8 +278,156 @@ def test_dry_run_says_what_would_run(tmp_path, capsys, monkeypatch):
     said = capsys.readouterr().out
     assert "trials: 8 runs, 1 finished; time left: about" in said and "runs: 8 runs, 0 finished" in said
     assert "rte   amsgrad  1/2" in said
-    assert not (tmp_path / "results" / "records" / "sweep" / "rte-amsgrad-1.json").exists()
+    assert not (tmp_path / tmp_path.name / "records" / "sweep" / "rte-amsgrad-1.json").exists()
     monkeypatch.setattr(sys, "argv", ["sweep_glue.py", str(tmp_path / "nothing.yaml")])
     with pytest.raises(SystemExit):
         sweep_glue.main()
     assert "does not exist" in capsys.readouterr().err
+
+
+# ---- real runs ----
+
+SECONDS = 400
+
+
+def real_sweep(tmp_path, tiny, **changes):
+    arguments = {
+        "model_name_or_path": tiny,
+        "cache_dir": str(tmp_path / "cache"),
+        "do_train": True,
+        "do_eval": True,
+        "max_steps": 3,
+        "learning_rate": 1e-4,
+        "per_device_train_batch_size": 4,
+        "logging_steps": 1,
+        "report_to": "none",
+    }
+    return write_sweep(
+        tmp_path,
+        arguments=arguments | changes.pop("arguments", {}),
+        axes={"task_name": ["rte"], "method": ["amsgrad", "adasam"], "seed": [1, 2]} | changes.pop("axes", {}),
+        **changes,
+    )
+
+
+def command(path, folder, *words):
+    return [
+        sys.executable,
+        str(ROOT / "scripts" / "sweep_glue.py"),
+        str(path),
+        f"--dataset_name_or_path={folder}",
+        *words,
+    ]
+
+
+def environment():
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def records_of(tmp_path):
+    return {path.stem: json.loads(path.read_text()) for path in (tmp_path / tmp_path.name).glob("records/**/*.json")}
+
+
+@pytest.mark.slow
+def test_a_sweep_chooses_runs_records_and_skips(tmp_path, tiny, glue, capfd):
+    path = real_sweep(tmp_path, tiny)
+    folder = glue("rte")
+    done = subprocess.run(command(path, folder, "--jobs=2"), env=environment(), timeout=SECONDS)
+    assert done.returncode == 0, capfd.readouterr().err
+    sweep = sweep_glue.Sweep(path)
+    records = records_of(tmp_path)
+    assert len(records) == 4 + 4
+    for method, arguments in (("amsgrad", ["learning_rate"]), ("adasam", ["learning_rate", "sam_rho"])):
+        trials = [r for r in records.values() if r["trial"] and r["axes"]["method"] == method]
+        assert [r["metrics"]["eval_samples"] for r in trials] == [8, 8]  # held out, of 24 training rows
+        assert [r["metrics"]["train_samples"] for r in trials] == [16, 16]
+        scores = [r["metrics"]["eval_accuracy"] for r in trials]
+        best = [r["trial"] for r in trials if r["metrics"]["eval_accuracy"] == max(scores)]
+        for seed in (1, 2):
+            final = records[f"rte-{method}-{seed}"]
+            taken = {name: final["arguments"][name] for name in arguments}
+            assert taken in [{name: float(trial[name]) for name in arguments} for trial in best]
+            assert final["seed"] == seed and final["metrics"]["train_samples"] == 24 and final["attempts"] == 1
+            assert final["arguments"]["held_out_samples"] is None and len(final["log_history"]) > 3
+    for run in [*sweep.trials(), *sweep.finals(sweep.chosen)]:
+        assert (ROOT / run.folder / "log.txt").exists() and not list((ROOT / run.folder).glob("**/*.safetensors"))
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / tmp_path.name).glob("**/*.json")}
+    start = time.monotonic()
+    subprocess.run(command(path, folder), env=environment(), timeout=SECONDS, check=True)
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / tmp_path.name).glob("**/*.json")} == before
+    assert time.monotonic() - start < 60
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment(tmp_path, tiny, glue):
+    """The runner is killed again and again. Its records are whole, and no run is done twice."""
+    path = real_sweep(tmp_path, tiny, choose=None, axes={"method": ["amsgrad", "adasam"], "seed": [1, 2]})
+    folder = glue("rte")
+    runs = sweep_glue.Sweep(path).finals(lambda *key: {})
+
+    def a_run_is_at_work():
+        return any((ROOT / run.folder / "log.txt").exists() for run in runs)
+
+    def a_record_is_there():
+        return any(run.finished for run in runs)
+
+    for moment in (a_run_is_at_work, a_record_is_there):
+        runner = subprocess.Popen(command(path, folder, "--jobs=2"), env=environment())
+        end = time.monotonic() + SECONDS
+        while not moment():
+            assert runner.poll() is None and time.monotonic() < end
+            time.sleep(0.05)
+        runner.send_signal(signal.SIGKILL)
+        runner.wait()
+        records_of(tmp_path)  # whole, or there would be an error
+        if moment is a_run_is_at_work:  # an orphan goes on, and holds its lock
+            (folder_at_work, *_) = [ROOT / run.folder for run in runs if (ROOT / run.folder / "log.txt").exists()]
+            with open(folder_at_work / "lock") as lock, pytest.raises(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    subprocess.run(command(path, folder, "--jobs=2"), env=environment(), timeout=SECONDS, check=True)
+    records = records_of(tmp_path)
+    assert set(records) == {f"rte-{method}-{seed}" for method in ("amsgrad", "adasam") for seed in (1, 2)}
+    for run in runs:
+        log = (ROOT / run.folder / "log.txt").read_text()
+        assert log.count("***** train metrics *****") == 1, run.name
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_is_tried_again_and_reported(tmp_path, tiny, glue):
+    path = real_sweep(
+        tmp_path, tiny, choose=None, axes={"task_name": ["mrpc", "rte"], "method": ["adasam"], "seed": [1]}
+    )
+    done = subprocess.run(
+        command(path, glue("rte")), env=environment(), timeout=SECONDS, capture_output=True, text=True
+    )
+    assert done.returncode == 1 and "FAILED mrpc-adasam-1" in done.stderr and "no task 'mrpc'" in done.stderr
+    assert "1 failed" in done.stderr
+    assert set(records_of(tmp_path)) == {"rte-adasam-1"}  # the others went on
+    (run, _) = sweep_glue.Sweep(path).finals(lambda *key: {})
+    assert (ROOT / run.folder / "log.txt").read_text().count("Traceback") == 2
+
+
+@pytest.mark.slow
+def test_two_nodes_of_a_ray_cluster(tmp_path, tiny, glue):
+    from ray.cluster_utils import Cluster
+
+    path = real_sweep(tmp_path, tiny, choose=None)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        cluster.add_node(num_cpus=1)
+        words = ["--engine=ray", f"--ray_address={cluster.address}"]
+        for bad in (["--gpus_per_run=1"], ["--cpus_per_run=7"], ["--gpus_per_run=2"]):
+            done = subprocess.run(
+                command(path, glue("rte"), *words, *bad),
+                env=environment(),
+                timeout=SECONDS,
+                capture_output=True,
+                text=True,
+            )
+            assert done.returncode == 2 and ("a run is to have" in done.stderr or "gpus_per_run=2" in done.stderr)
+        subprocess.run(command(path, glue("rte"), *words), env=environment(), timeout=SECONDS, check=True)
+    finally:
+        cluster.shutdown()
+    records = records_of(tmp_path)
+    assert set(records) == {f"rte-{method}-{seed}" for method in ("amsgrad", "adasam") for seed in (1, 2)}
+    assert len({record["node"] for record in records.values()}) == 2  # both had their share

@@ -1,0 +1,107 @@
+#!/usr/bin/env python
+"""The zip that the GLUE leaderboard takes, from runs of run_glue.py with --do_predict on the nine test sets.
+
+    for task in cola sst2 mrpc stsb qqp mnli qnli rte wnli; do
+        python scripts/run_glue.py --config configs/glue/$task.yaml --config configs/optim/adasam.yaml --do_predict \
+            --output_dir runs/submission/$task
+    done
+    python scripts/submit_glue.py runs/submission/* --output submission.zip
+
+Each file is checked before anything is written: its header, its number of rows, its indices and its labels. (Without
+the diagnostic set AX, which is no task and counts for no score. WNLI has no recipe in the paper: give its run one.)
+"""
+
+import argparse
+import os
+import sys
+import zipfile
+from pathlib import Path
+
+from adasam_hf.glue.tasks import TASKS, Task
+
+# Of the nine tasks' test sets.
+ROWS = {
+    "CoLA.tsv": 1063,
+    "SST-2.tsv": 1821,
+    "MRPC.tsv": 1725,
+    "STS-B.tsv": 1379,
+    "QQP.tsv": 390965,
+    "MNLI-m.tsv": 9796,
+    "MNLI-mm.tsv": 9847,
+    "QNLI.tsv": 5463,
+    "RTE.tsv": 3000,
+    "WNLI.tsv": 146,
+}
+
+
+def check(path: Path, task: Task) -> None:
+    """Refuse a file that the leaderboard would refuse.
+
+    Raises:
+        ValueError: naming the file, the line and what was expected there.
+    """
+    header, *lines = path.read_text(encoding="utf-8").splitlines() or [""]
+    if header != "index\tprediction":
+        raise ValueError(f"{path}: its first line is {header!r}, not 'index\\tprediction'; make it with run_glue.py")
+    if len(lines) != ROWS[path.name]:
+        raise ValueError(
+            f"{path}: {len(lines)} predictions, the test set has {ROWS[path.name]} rows; predict again without "
+            "--max_predict_samples"
+        )
+    allowed = set(task.labels) if task.named_labels else {str(i) for i in range(len(task.labels))}
+    for number, line in enumerate(lines):
+        index, _, value = line.partition("\t")
+        if index != str(number):
+            raise ValueError(f"{path}: line {number + 2} has index {index!r}, not {number}")
+        if not (_score(value) if task.is_regression else value in allowed):
+            expected = "a number from 0 to 5" if task.is_regression else f"one of {sorted(allowed)}"
+            raise ValueError(f"{path}: line {number + 2} predicts {value!r}, not {expected}")
+
+
+def _score(text: str) -> bool:
+    try:
+        return 0.0 <= float(text) <= 5.0
+    except ValueError:
+        return False
+
+
+def collect(folders: list[Path]) -> dict[str, Path]:
+    """File name → the checked file.
+
+    Raises:
+        ValueError: for a file that is missing, comes twice, or is not as it must be.
+    """
+    found: dict[str, Path] = {}
+    for task in TASKS.values():
+        for _, name in task.submissions:
+            paths = [folder / name for folder in folders if (folder / name).is_file()]
+            if len(paths) != 1:
+                where = (
+                    f"is in {len(paths)} of the folders: {[str(p.parent) for p in paths]}" if paths else "is missing"
+                )
+                raise ValueError(f"{name} {where}; give one folder of a run of task {task.name} with --do_predict")
+            check(paths[0], task)
+            found[name] = paths[0]
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", type=Path, nargs="+", help="output_dirs of the runs")
+    parser.add_argument("--output", type=Path, default=Path("submission.zip"))
+    args = parser.parse_args()
+    try:
+        files = collect(args.folders)
+    except ValueError as error:
+        parser.error(str(error))
+    temporary = args.output.with_name(f".{args.output.name}.{os.getpid()}")
+    with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, path in files.items():
+            archive.write(path, name)  # at the top, without a folder
+    os.replace(temporary, args.output)
+    print(f"{args.output}: {', '.join(files)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

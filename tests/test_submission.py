@@ -1,0 +1,97 @@
+"""The zip for the leaderboard: names, headers, row counts."""
+
+import os
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from conftest import load_script
+from test_glue_data import snapshot
+
+from adasam_hf.glue.run import main as run_glue
+from adasam_hf.glue.run import write_submission
+from adasam_hf.glue.tasks import TASKS, get_task
+
+submit_glue = load_script("submit_glue")
+GLUE = Path(os.environ.get("ADASAM_GLUE", Path(__file__).parents[2] / "shared" / "glue"))
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Files of the nine tasks, as run_glue.py writes them."""
+    for task in TASKS.values():
+        folder = tmp_path / "runs" / task.name
+        folder.mkdir(parents=True)
+        for _, name in task.submissions:
+            count = submit_glue.ROWS[name]
+            values = [7.0 * i / count for i in range(count)] if task.is_regression else [i % 2 for i in range(count)]
+            write_submission(folder / name, task, values)
+    return sorted((tmp_path / "runs").iterdir())
+
+
+def submit(folders, output, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["submit_glue.py", *map(str, folders), f"--output={output}"])
+    return submit_glue.main()
+
+
+def test_the_zip(folders, tmp_path, monkeypatch):
+    assert submit(folders, tmp_path / "all.zip", monkeypatch) == 0
+    with zipfile.ZipFile(tmp_path / "all.zip") as archive:
+        names = ["CoLA", "SST-2", "MRPC", "STS-B", "QQP", "MNLI-m", "MNLI-mm", "QNLI", "RTE", "WNLI"]
+        assert sorted(archive.namelist()) == sorted(f"{name}.tsv" for name in names)
+        for name in archive.namelist():
+            header, *lines = archive.read(name).decode().splitlines()
+            assert header == "index\tprediction" and len(lines) == submit_glue.ROWS[name]
+        assert archive.read("RTE.tsv").decode().splitlines()[1:3] == ["0\tentailment", "1\tnot_entailment"]
+        assert archive.read("WNLI.tsv").decode().splitlines()[1:3] == ["0\t0", "1\t1"]
+        assert archive.read("STS-B.tsv").decode().splitlines()[-1] == "1378\t5.000"  # cut to the scale
+    assert [p.name for p in tmp_path.glob("*.zip*")] == ["all.zip"] and not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("rte/RTE.tsv", lambda t: t.replace("index", "id", 1), "first line"),
+        ("rte/RTE.tsv", lambda t: "", "first line"),
+        ("rte/RTE.tsv", lambda t: t.rsplit("\n", 2)[0] + "\n", "2999 predictions, the test set has 3000"),
+        ("rte/RTE.tsv", lambda t: t.replace("1\tnot_entailment", "1\tneutral", 1), "line 3 predicts 'neutral'"),
+        ("cola/CoLA.tsv", lambda t: t.replace("0\t0", "0\tunacceptable", 1), r"one of \['0', '1'\]"),
+        ("stsb/STS-B.tsv", lambda t: t.replace("\t0.000", "\tnan", 1), "a number from 0 to 5"),
+        ("stsb/STS-B.tsv", lambda t: t.replace("\t0.000", "\t", 1), "a number from 0 to 5"),
+        ("sst2/SST-2.tsv", lambda t: t.replace("\n5\t", "\n4\t", 1), "line 7 has index '4', not 5"),
+    ],
+)
+def test_files_that_would_be_refused(folders, tmp_path, monkeypatch, capsys, name, change, message):
+    path = tmp_path / "runs" / name
+    path.write_text(change(path.read_text()))
+    with pytest.raises(SystemExit):
+        submit(folders, tmp_path / "all.zip", monkeypatch)
+    with pytest.raises(ValueError, match=message):
+        submit_glue.collect(folders)
+    assert path.name in capsys.readouterr().err and not (tmp_path / "all.zip").exists()
+
+
+def test_a_task_that_is_missing_or_comes_twice(folders):
+    with pytest.raises(ValueError, match=r"MNLI-m.tsv is missing.*task mnli with --do_predict"):
+        submit_glue.collect([folder for folder in folders if folder.name != "mnli"])
+    with pytest.raises(ValueError, match="is in 2 folders"):
+        submit_glue.collect([*folders, folders[0]])
+
+
+@pytest.mark.parametrize("name", ["cola", "mrpc", "qnli", "rte", "sst2", "stsb", "wnli"])
+@pytest.mark.skipif(not GLUE.is_dir(), reason="no copy of GLUE")
+def test_row_counts_of_the_real_test_sets(name):
+    from datasets import load_dataset
+
+    rows = load_dataset("parquet", data_files=str(GLUE / name / "test-*.parquet"), split="train")
+    ((_, file),) = get_task(name).submissions
+    assert len(rows) == submit_glue.ROWS[file]
+
+
+def test_a_real_run_predicts_a_file_that_passes(flags, tmp_path, monkeypatch):
+    task = get_task("wnli")
+    folder = snapshot(tmp_path / "glue", task, labels=[0, 1], test_labels=[-1] * submit_glue.ROWS["WNLI.tsv"])
+    job = [*flags, "--task_name=wnli", f"--dataset_name_or_path={folder}", f"--cache_dir={tmp_path / 'cache'}"]
+    run_glue([*job, "--do_train", "--max_steps=1", "--do_predict"])
+    submit_glue.check(tmp_path / "out" / "WNLI.tsv", task)
