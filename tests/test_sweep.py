@@ -431,3 +431,40 @@ def test_two_nodes_of_a_ray_cluster(tmp_path, tiny, glue):
     records = records_of(tmp_path)
     assert set(records) == {f"rte-{method}-{seed}" for method in ("amsgrad", "adasam") for seed in (1, 2)}
     assert len({record["node"] for record in records.values()}) == 2  # both had their share
+
+
+# ---- launching ----
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+def test_what_the_launch_files_say(name):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(f"configs/launch/{name}.yaml")
+    assert config.num_processes == 8 and config.mixed_precision == "no" and not config.use_cpu
+    if name == "fsdp2":
+        assert config.distributed_type == "FSDP" and config.fsdp_config["fsdp_version"] == 2
+        assert config.fsdp_config["fsdp_offload_params"] is False
+    else:
+        assert config.distributed_type == "MULTI_GPU"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+def test_the_first_step_as_launched(name, tiny, glue, tmp_path):
+    """Two processes on CPUs (where Accelerate makes DDP of FSDP) in place of eight on GPUs."""
+    words = ["--config_file", f"configs/launch/{name}.yaml", "--num_processes=2"]
+    job = ["--config=configs/glue/rte.yaml", "--config=configs/optim/adasam.yaml", "--use_cpu", "--ddp_backend=gloo"]
+    job += [
+        f"--model_name_or_path={tiny}",
+        f"--dataset_name_or_path={glue('rte')}",
+        f"--cache_dir={tmp_path / 'cache'}",
+    ]
+    job += ["--max_steps=2", "--warmup_steps=0", "--per_device_train_batch_size=2", "--eval_strategy=no"]
+    job += ["--save_strategy=no", "--logging_steps=1", f"--output_dir={tmp_path / 'out'}"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", *words, "scripts/run_glue.py", *job]
+    done = subprocess.run(launch, env=environment(), timeout=SECONDS, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    record = json.loads((tmp_path / "out" / "record.json").read_text())
+    assert len([entry for entry in record["log_history"] if "sam_gap" in entry]) == 2
+    assert "2 processes" in done.stderr  # the line that the run begins with
