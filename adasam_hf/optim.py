@@ -65,6 +65,10 @@ class AdaSAM(Optimizer):
             foreach into it); by default the fastest that the parameters allow, i.e. the fused kernel, which
             reads and writes each tensor once.
 
+    Bytes of a fused update for each float32 parameter: 20 read (x, g, m, v, v̂) and 16 written; torch's AdamW reads 16
+    and writes 12. With the climb and the way back (see `Perturbation`) a sharpness-aware step moves 68 bytes outside
+    its passes, 2.4 times an AdamW update's 28.
+
     The state of a parameter is what `torch.optim.Adam(amsgrad=True)` keeps, under the same names.
 
     Raises:

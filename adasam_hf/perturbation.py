@@ -80,6 +80,9 @@ class Perturbation:
     - Parameters without a gradient, and groups with radius 0, keep their bits. A group with radius 0
       still counts in the norm.
     - If ‖s‖ is 0 or not finite nothing moves.
+    - Bytes read + written for each climbing float32 parameter: norm 4 + 0, save 4 + 4, climb 8 + 4, restore 4 + 4;
+      in another precision in proportion. One pass each on devices with torch's fused kernels, and no temporary of the
+      model's size but the saved copy (``adaptive`` needs two more, and 40 bytes).
     - No host–device synchronization. On devices without torch's fused kernels the climb is a loop.
     - Sharded parameters (`DTensor`, as FSDP2 makes them) move shard by shard along one direction with one norm.
     - Half-precision weights round part of δ away; `applied` says what is left of it.
