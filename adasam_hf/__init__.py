@@ -13,6 +13,7 @@ _HOME = {
     "AdaSAMTrainer": "trainer",
     "AdaSAMSeq2SeqTrainer": "trainer",
     "SharpnessAwareTrainerMixin": "trainer",
+    "patch": "patching",
 }
 __all__ = [*_HOME, "__version__"]
 

