@@ -124,7 +124,8 @@ def summarize(records: list[dict]) -> dict[str, dict[str, dict]]:
             if mine:
                 row = {key: interval([r[key] for r in mine]) for key in ("score", "sam_gap", "eigenvalue")}
                 row["gain"] = interval([r["score"] - base[r["seed"]]["score"] for r in mine])
-                row["time"] = interval([r["cpu_seconds"] / base[r["seed"]]["cpu_seconds"] for r in mine])
+                timed = [r for r in mine if "cpu_seconds" in r and "cpu_seconds" in base[r["seed"]]]
+                row["time"] = interval([r["cpu_seconds"] / base[r["seed"]]["cpu_seconds"] for r in timed])
                 row["seeds"] = len(mine)
                 out.setdefault(task, {})[mode] = row
     return out

@@ -1,14 +1,15 @@
 #!/usr/bin/env python
 """The zip that the GLUE leaderboard takes, from runs of run_glue.py with --do_predict on the nine test sets.
 
-    for task in cola sst2 mrpc stsb qqp mnli qnli rte wnli; do
+    for task in cola sst2 mrpc stsb qqp mnli qnli rte; do
         python scripts/run_glue.py --config configs/glue/$task.yaml --config configs/optim/adasam.yaml --do_predict \
             --output_dir runs/submission/$task
     done
+    python scripts/run_glue.py --task_name wnli --model_name_or_path roberta-large --do_predict ... # not in the paper
     python scripts/submit_glue.py runs/submission/* --output submission.zip
 
 Each file is checked before anything is written: its header, its number of rows, its indices and its labels. (Without
-the diagnostic set AX, which is no task and counts for no score. WNLI has no recipe in the paper: give its run one.)
+the diagnostic set AX, which is no task and counts for no score.)
 """
 
 import argparse
@@ -76,9 +77,7 @@ def collect(folders: list[Path]) -> dict[str, Path]:
         for _, name in task.submissions:
             paths = [folder / name for folder in folders if (folder / name).is_file()]
             if len(paths) != 1:
-                where = (
-                    f"is in {len(paths)} of the folders: {[str(p.parent) for p in paths]}" if paths else "is missing"
-                )
+                where = f"is in {len(paths)} folders: {[str(p.parent) for p in paths]}" if paths else "is missing"
                 raise ValueError(f"{name} {where}; give one folder of a run of task {task.name} with --do_predict")
             check(paths[0], task)
             found[name] = paths[0]

@@ -14,8 +14,9 @@ A sweep file has
     output_dir   where records go
     configs      YAML files for run_glue.py, in which {axis} stands for the run's value on that axis
     arguments    arguments of run_glue.py for all runs; they win over the configs
-    when         more arguments for some runs: [{axis: [values], arguments: {…}}]
-    axes         the grid: axis → values. An axis that run_glue.py has as an argument is passed to it
+    when         more arguments for some runs: [{axis: [values], arguments: {…}}]. In values, too, {axis} stands for the
+                 run's value, and {runs} for the folder that has all sweeps' runs
+    axes         the grid: axis → values. An axis that run_glue.py has as an argument is passed to it, and wins over all
     choose       {arguments, grid: {method: {argument: [values]}}}: for each task and method one trial for each point of
                  its grid, as many for each method; or the name of a sweep whose trials are taken
     scale_learning_rate_from   b₀: the rate is multiplied by √(per_device_train_batch_size / b₀)
@@ -28,13 +29,17 @@ import itertools
 import json
 import math
 import os
+import shutil
+import signal
 import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
+from zlib import crc32
 
 import torch
 import yaml
@@ -45,7 +50,7 @@ from adasam_hf.glue.record import write_json
 from adasam_hf.glue.run import DataArguments, GlueTrainingArguments, ModelArguments, parse
 from adasam_hf.glue.tasks import get_task
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 KEYS = {"output_dir", "configs", "arguments", "when", "axes", "choose", "scale_learning_rate_from", "keep_models"}
 ARGUMENTS = {f.name for c in (ModelArguments, DataArguments, GlueTrainingArguments) for f in fields(c)}
 TRAIN_ROWS = {  # of GLUE
@@ -59,6 +64,9 @@ TRAIN_ROWS = {  # of GLUE
     "rte": 2490,
     "wnli": 635,
 }
+# Arguments that say where and how a run is done, not what it is.
+MACHINE = {"output_dir", "logging_dir", "run_name", "dataset_name_or_path", "cache_dir", "overwrite_cache", "hub_token"}
+MACHINE |= {"push_to_hub_token", "use_cpu", "disable_tqdm", "resume_from_checkpoint", "dataloader_num_workers"}
 OVERHEAD = 20.0  # seconds of a run that do not depend on its rows: imports, loading, evaluation
 
 
@@ -78,6 +86,12 @@ class Run:
     @property
     def finished(self) -> bool:
         return self.record.exists()
+
+    @cached_property
+    def arguments(self) -> dict:
+        """All arguments, as a record has them; of two runs with the same ones, one record will do."""
+        model_args, data_args, args = parse_run(self.words)
+        return comparable(asdict(model_args) | asdict(data_args) | args.to_dict())
 
 
 @dataclass
@@ -108,8 +122,18 @@ class Sweep:
         missing = {"task_name", "method", "seed"} - set(self.axes)
         if missing:
             raise ValueError(f"{self.path}: axes has no {sorted(missing)}; each sweep has tasks, methods and seeds")
+        idle = [a for a in self.axes if a not in ARGUMENTS and f"{{{a}}}" not in str(self.content)]
+        if idle:
+            raise ValueError(
+                f"{self.path}: axes {idle} are no arguments of run_glue.py, and no config has them in its name"
+            )
+        for case in self.content.get("when") or []:
+            if wrong := sorted(set(case) - set(self.axes) - {"arguments"}) or ({"arguments"} - set(case)):
+                raise ValueError(f"{self.path}: a case of when has {wrong}; it takes axes and arguments")
         if isinstance(self.choose, dict):
-            grids = self.choose.get("grid", {})
+            if set(self.choose) != {"arguments", "grid"}:
+                raise ValueError(f"{self.path}: choose has {sorted(self.choose)}; it takes arguments and grid")
+            grids = self.choose["grid"]
             if absent := [m for m in self.axes["method"] if m not in grids]:
                 raise ValueError(f"{self.path}: choose.grid has no {absent}; give each method its trials")
             sizes = {m: math.prod(len(v) for v in grids[m].values()) for m in self.axes["method"]}
@@ -131,11 +155,20 @@ class Sweep:
     def records(self) -> Path:
         return self.output_dir / "records" / self.name
 
+    def runs(self) -> Path:
+        """Where logs and, if they are kept, models of all sweeps of the output_dir lie."""
+        place = self.output_dir
+        if place.is_absolute():
+            inside = place.is_relative_to(ROOT)
+            place = place.relative_to(ROOT) if inside else Path(f"{place.name}-{crc32(bytes(place)):08x}")
+        return Path("runs/sweeps") / Path(*(part for part in place.parts if part != "results"))
+
     def trials(self) -> list[Run]:
         """The trials of this sweep's own grid. Axes besides task and method are at their first value."""
         if not isinstance(self.choose, dict):
             return []
         first = {name: values[0] for name, values in self.axes.items()}
+        first |= {name: value for name, value in self.choose["arguments"].items() if name in first}
         runs = []
         for task, method in itertools.product(self.axes["task_name"], self.axes["method"]):
             grid = self.choose["grid"][method]
@@ -143,7 +176,7 @@ class Sweep:
                 trial = dict(zip(grid, values, strict=True))
                 shown = ",".join(f"{k}={v}" for k, v in trial.items())
                 point = first | {"task_name": task, "method": method}
-                runs.append(self._run(point, f"{task}-{method}-{shown}", trial | self.choose["arguments"], trial))
+                runs.append(self._run(point, f"{task}-{method}-{shown}", self.choose["arguments"] | trial, trial))
         return runs
 
     def finals(self, choose: Callable[[str, str], dict]) -> list[Run]:
@@ -155,7 +188,7 @@ class Sweep:
         """The point of the grid whose trial has the best score on the held-out rows; {} without trials to choose from.
 
         Raises:
-            ValueError: if a trial has no record.
+            ValueError: if a trial has no record or one of other arguments, or if all have diverged.
         """
         if self.choose is None:
             return {}
@@ -169,20 +202,25 @@ class Sweep:
                 f"{self.path}: {len(done)} of {len(runs)} trials of {method} on {task} are in "
                 f"{sweep.records() / 'trials'}; run {sweep.path} first"
             )
+        check(runs)
         scores = [get_task(task).score(json.loads(run.record.read_text())["metrics"]) for run in runs]
-        # not a number (a run that diverged) loses against every score
-        best = max(range(len(runs)), key=lambda i: -math.inf if math.isnan(scores[i]) else scores[i])
-        return runs[best].trial
+        finite = {i: score for i, score in enumerate(scores) if not math.isnan(score)}
+        if not finite:
+            raise ValueError(f"{self.path}: all trials of {method} on {task} have diverged; give it lower rates")
+        return runs[max(finite, key=finite.get)].trial
 
     def _run(self, point: dict, name: str, more: dict, trial: dict | None = None) -> Run:
-        arguments = {name: value for name, value in point.items() if name in ARGUMENTS}
-        arguments |= self.content.get("arguments") or {}
+        arguments = dict(self.content.get("arguments") or {})
         for case in self.content.get("when") or []:
             if all(point[axis] in values for axis, values in case.items() if axis != "arguments"):
                 arguments |= case["arguments"]
         arguments |= more
-        words = [f"--config={config.format(**point)}" for config in self.content["configs"]]
-        words += [f"--{k}={json.dumps(v) if isinstance(v, dict) else v}" for k, v in arguments.items()]
+        arguments |= {name: value for name, value in point.items() if name in ARGUMENTS}  # an axis wins
+        places = {**point, "runs": self.runs()}
+        words = [f"--config={config.format(**places)}" for config in self.content["configs"]]
+        for key, value in arguments.items():
+            text = value.format(**places) if isinstance(value, str) else value
+            words.append(f"--{key}={json.dumps(text) if isinstance(text, dict) else text}")
         base = self.content.get("scale_learning_rate_from")
         if base is not None:
             _, _, args = parse_run(words)
@@ -194,7 +232,7 @@ class Sweep:
             point,
             tuple(words),
             self.records() / place.with_name(f"{place.name}.json"),
-            Path("runs/sweeps") / self.output_dir.name / self.name / place,
+            self.runs() / self.name / place,
             trial,
             bool(self.content.get("keep_models")),
         )
@@ -209,6 +247,11 @@ def device_flags() -> list[str]:
     return [] if torch.accelerator.is_available() else ["--use_cpu"]  # bf16 on a CPU must be asked for
 
 
+def comparable(arguments: dict) -> dict:
+    """Arguments as JSON has them, without what is the machine's own."""
+    return {k: v for k, v in json.loads(json.dumps(arguments, default=str)).items() if k not in MACHINE}
+
+
 def check(runs: list[Run]) -> list[str]:
     """Every run's arguments before anything runs, and that the records that are there are those of these runs.
 
@@ -216,17 +259,18 @@ def check(runs: list[Run]) -> list[str]:
     """
     missing: set[str] = set()
     for run in runs:
-        model_args, _, _ = parse_run(run.words)
+        wanted = run.arguments
         if run.finished:
-            other = json.loads(run.record.read_text())["flags"]
-            if other != list(run.words):
-                raise ValueError(
-                    f"{run.record} is of a run with other arguments ({sorted(set(other) ^ set(run.words))}); move it "
-                    "away, or choose another --output_dir"
-                )
-        elif model_args.init_from and not Path(model_args.init_from, "record.json").is_file():
-            missing.add(model_args.init_from)
+            _refuse_other(comparable(json.loads(run.record.read_text())["arguments"]), wanted, run.record)
+        elif wanted["init_from"] and not Path(wanted["init_from"], "record.json").is_file():
+            missing.add(wanted["init_from"])
     return sorted(missing)
+
+
+def _refuse_other(found: dict, wanted: dict, where: Path) -> None:
+    different = {k: found.get(k) for k in sorted(found | wanted) if found.get(k) != wanted.get(k)}
+    if different:
+        raise ValueError(f"{where} is of a run with other arguments: {different}; move it away, and {where.parent} too")
 
 
 def execute(run: Run, machine: list[str], threads: int | None = None) -> dict:
@@ -239,7 +283,7 @@ def execute(run: Run, machine: list[str], threads: int | None = None) -> dict:
     Returns: its record.
 
     Raises:
-        RuntimeError: if it failed twice, with the end of its log.
+        RuntimeError: if it failed twice, with the end of its log, or was interrupted.
         ValueError: if its folder has checkpoints of a run with other arguments.
     """
     folder, log = run.folder, run.folder / "log.txt"
@@ -247,32 +291,40 @@ def execute(run: Run, machine: list[str], threads: int | None = None) -> dict:
     with open(folder / "lock", "w") as lock:
         # Runs of a sweep that was killed may still be going on. They inherited the lock; wait for them.
         fcntl.flock(lock, fcntl.LOCK_EX)
-        plan, record = folder / "flags.json", folder / "record.json"
-        if not plan.exists() or json.loads(plan.read_text()) != list(run.words):
+        plan, record = folder / "plan.json", folder / "record.json"
+        state = json.loads(plan.read_text()) if plan.exists() else {}
+        if state.get("arguments") != run.arguments:
             if last_complete(str(folder)) is not None:
-                raise ValueError(f"{folder} has checkpoints of a run with other arguments; move it away")
+                _refuse_other(state.get("arguments", {}), run.arguments, plan)
             record.unlink(missing_ok=True)
-            write_json(plan, list(run.words))
+            state = {"arguments": run.arguments, "attempts": 0, "resumed": False}
         environment = os.environ | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
-        attempts = 0
-        while not record.exists() and attempts < 2:
-            attempts += 1
+        for _ in range(2):
+            if record.exists():
+                break
             resume = ["--resume_from_checkpoint=last"] if last_complete(str(folder)) is not None else []
+            state |= {"attempts": state["attempts"] + 1, "resumed": bool(resume)}
+            write_json(plan, state)
             words = [*run.words, f"--output_dir={folder}", "--disable_tqdm=true", *device_flags(), *machine, *resume]
             with open(log, "a") as out:
-                subprocess.run(
+                done = subprocess.run(
                     [sys.executable, str(ROOT / "scripts" / "run_glue.py"), *words],
                     stdout=out, stderr=out, env=environment, pass_fds=[lock.fileno()], check=False,
                 )  # fmt: skip
+            if done.returncode in (-signal.SIGINT, 128 + signal.SIGINT):
+                raise RuntimeError("interrupted")
         if not record.exists():
             raise RuntimeError(f"failed twice; {log} ends in\n{log.read_text()[-800:]}")
         content = json.loads(record.read_text())
-    if not run.keep_model:
-        for path in folder.glob("**/*.safetensors"):
-            path.unlink()
-    speed = content["metrics"]["train_runtime"] / work(run)
-    own = {"sweep": run.sweep, "run": run.name, "axes": run.axes, "trial": run.trial, "flags": list(run.words)}
-    return content | own | {"attempts": attempts, "seconds_per_row": speed}
+        for checkpoint in folder.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+        if not run.keep_model:
+            for path in folder.glob("*.safetensors"):
+                path.unlink()
+    # train_runtime is that of the last session
+    speed = None if state["resumed"] else content["metrics"]["train_runtime"] / work(run)
+    own = {"sweep": run.sweep, "run": run.name, "axes": run.axes, "trial": run.trial}
+    return content | own | {"attempts": state["attempts"], "resumed": state["resumed"], "seconds_per_row": speed}
 
 
 # ---- how long ----
@@ -292,7 +344,8 @@ def estimate(runs: list[Run]) -> dict[Run, float | None]:
     for folder in {run.record.parents[2 if run.trial else 1] for run in runs}:  # all sweeps of the output_dir
         for path in folder.glob("**/*.json"):
             record = json.loads(path.read_text())
-            speeds.setdefault(record["axes"]["task_name"], []).append(record["seconds_per_row"])
+            if record["seconds_per_row"] is not None:
+                speeds.setdefault(record["axes"]["task_name"], []).append(record["seconds_per_row"])
     anything = [speed for found in speeds.values() for speed in found]
     known = {run: speeds.get(run.axes["task_name"], anything) for run in runs}
     return {run: OVERHEAD + work(run) * statistics.median(found) if found else None for run, found in known.items()}
@@ -316,23 +369,24 @@ class Local:
         return self.pool.submit(execute, run, machine, max(1, (os.cpu_count() or 1) // self.jobs))
 
     def close(self) -> None:
-        self.pool.shutdown(cancel_futures=True)
+        self.pool.shutdown(wait=False, cancel_futures=True)
 
 
 class Ray:
     """A Ray cluster: the one at --ray_address, or else this machine. The repository lies at the same path on each node
     (a shared folder), as do runs/ and the data."""
 
-    def __init__(self, address: str | None, cpus: float, gpus: float):
+    def __init__(self, address: str | None, cpus: float, gpus: float | None):
         import ray
 
-        if not 0 <= gpus <= 1:
+        if gpus is not None and not 0 <= gpus <= 1:
             raise ValueError(
                 f"gpus_per_run={gpus!r} must be in [0, 1]: a run is one process; the batch is that of the file"
             )
         ray.init(address=address, log_to_driver=False)
         self.ray = ray
         resources = ray.cluster_resources()
+        gpus = float("GPU" in resources) if gpus is None else gpus
         for name, wanted in (("CPU", cpus), ("GPU", gpus)):
             if wanted > resources.get(name, 0):
                 raise ValueError(f"the cluster has {resources.get(name, 0):g} {name}s, a run is to have {wanted:g}")
@@ -367,6 +421,8 @@ def do(runs: list[Run], engine: Local | Ray, machine: list[str]) -> list[str]:
             run = futures[future]
             try:
                 write_json(run.record, future.result())
+                if not run.keep_model:
+                    (run.folder / "record.json").unlink(missing_ok=True)  # of no use any more, if that one is deleted
             except Exception as error:  # of whatever kind: the others go on
                 failures.append(f"{run.name}: {error}")
             bar.set_postfix_str(f"{count} of {len(open_runs)} runs, {len(failures)} failed", refresh=False)
@@ -429,7 +485,9 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1, help="runs at once (local)")
     parser.add_argument("--ray_address", help="of a running cluster, or auto; a cluster of this machine by default")
     parser.add_argument("--cpus_per_run", type=float, default=1, help="(ray)")
-    parser.add_argument("--gpus_per_run", type=float, default=0, help="(ray) a share below 1 lets runs share a GPU")
+    parser.add_argument(
+        "--gpus_per_run", type=float, help="(ray) 1 by default, or 0 if the cluster has no GPU; below 1 they share"
+    )
     args = parser.parse_args()
     if args.jobs < 1:
         parser.error(f"--jobs={args.jobs} must be at least 1")
@@ -441,6 +499,12 @@ def main() -> int:
     try:
         sweep = Sweep(path, output_dir, args.seeds)
         failures = run_sweep(sweep, args, machine)
+    except KeyboardInterrupt:
+        print(
+            "\ninterrupted; repeat the command to go on. Runs that did not see Ctrl-C go on to their end",
+            file=sys.stderr,
+        )
+        os._exit(130)  # the threads of runs that go on would be waited for
     except (ValueError, OSError) as error:
         parser.error(str(error))
     for failure in failures:

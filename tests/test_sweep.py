@@ -31,7 +31,8 @@ sweep_glue = load_script("sweep_glue")
 def at_the_root(monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
     yield
-    shutil.rmtree(ROOT / "runs" / "sweeps" / tmp_path.name, ignore_errors=True)  # logs of real runs
+    for folder in (ROOT / "runs" / "sweeps").glob(f"{tmp_path.name}-*"):  # logs of real runs
+        shutil.rmtree(folder)
 
 
 @pytest.fixture
@@ -172,6 +173,12 @@ def write_sweep(tmp_path, **changes):
     [
         ({"axis": {}}, r"unknown keys \['axis'\]"),
         ({"axes": {"task_name": ["rte"], "seed": [1]}}, r"axes has no \['method'\]"),
+        (
+            {"axes": {"task_name": ["rte"], "method": ["adasam"], "seed": [1], "learning_rat": [1]}, "choose": None},
+            r"axes \['learning_rat'\] are no arguments",
+        ),
+        ({"when": [{"task": ["rte"], "arguments": {}}]}, r"a case of when has \['task'\]"),
+        ({"choose": {"grid": {}}}, "it takes arguments and grid"),
         ({"configs": None}, "must be a mapping with output_dir, configs and axes"),
         ({"choose": {"arguments": {}, "grid": {"adasam": {"sam_rho": [0.1]}}}}, r"no \['amsgrad'\]"),
         (
@@ -191,7 +198,7 @@ def test_bad_arguments_are_found_before_anything_runs(tmp_path):
     )
     with pytest.raises(ValueError, match="sam_row"):
         sweep_glue.check(sweep.trials())
-    sweep = sweep_glue.Sweep(write_sweep(tmp_path, configs=["configs/optim/nothing.yaml"]))
+    sweep = sweep_glue.Sweep(write_sweep(tmp_path, configs=["configs/optim/{method}/nothing.yaml"]))
     with pytest.raises(FileNotFoundError, match=r"nothing\.yaml"):
         sweep_glue.check(sweep.trials())
 
@@ -216,13 +223,8 @@ def put(run, score, **more):
     """A finished record, as far as it is looked at."""
     run.record.parent.mkdir(parents=True, exist_ok=True)
     names = {"rte": ["eval_accuracy"], "mrpc": ["eval_combined_score"]}[run.axes["task_name"]]
-    content = {
-        "flags": list(run.words),
-        "axes": run.axes,
-        "metrics": dict.fromkeys(names, score),
-        "seconds_per_row": 0.5,
-    }
-    run.record.write_text(json.dumps(content | more))
+    content = {"arguments": run.arguments, "axes": run.axes, "metrics": dict.fromkeys(names, score)}
+    run.record.write_text(json.dumps(content | {"seconds_per_row": 0.5} | more))
 
 
 def test_the_best_trial_is_chosen(tmp_path):
@@ -235,9 +237,15 @@ def test_the_best_trial_is_chosen(tmp_path):
         put(mine[0], first)
         put(mine[1], second)
     assert sweep.chosen("rte", "amsgrad") == {"learning_rate": "1e-4"}
+    assert {run.axes["seed"] for run in trials} == {0}
     assert sweep.chosen("rte", "adasam") == {"learning_rate": "1e-3", "sam_rho": 0.05}
     assert sweep.chosen("mrpc", "amsgrad") == {"learning_rate": "1e-3"}
     with pytest.raises(ValueError, match="0 of 2 trials of adasam on mrpc"):
+        sweep.chosen("mrpc", "adasam")
+    for run in trials:
+        if run.name.startswith("mrpc-adasam"):
+            put(run, float("nan"))
+    with pytest.raises(ValueError, match="all trials of adasam on mrpc have diverged"):
         sweep.chosen("mrpc", "adasam")
     other = sweep_glue.Sweep(write_sweep(tmp_path, choose="sweep", axes=sweep.axes).rename(tmp_path / "other.yaml"))
     write_sweep(tmp_path)
@@ -248,12 +256,29 @@ def test_the_best_trial_is_chosen(tmp_path):
 
 
 def test_a_record_of_other_arguments_is_not_taken(tmp_path):
-    trials = sweep_glue.Sweep(write_sweep(tmp_path)).trials()
-    put(trials[0], 0.5)
-    sweep_glue.check(trials)
-    put(trials[0], 0.5, flags=["--learning_rate=7"])
-    with pytest.raises(ValueError, match=r"other arguments.*learning_rate=7.*move it away"):
-        sweep_glue.check(trials)
+    config = tmp_path / "all.yaml"
+    config.write_text("num_train_epochs: 3\n")
+    path = write_sweep(tmp_path, configs=[str(config), "configs/optim/{method}.yaml"])
+    for run in sweep_glue.Sweep(path).trials():
+        put(run, 0.5)
+    sweep_glue.check(sweep_glue.Sweep(path).trials())
+    sweep_glue.Sweep(path).chosen("rte", "adasam")
+    config.write_text("num_train_epochs: 5\n")  # the words are the same
+    with pytest.raises(ValueError, match=r"other arguments.*'num_train_epochs': 3.*move it away"):
+        sweep_glue.check(sweep_glue.Sweep(path).trials())
+    with pytest.raises(ValueError, match="other arguments"):
+        sweep_glue.Sweep(path).chosen("rte", "adasam")
+
+
+def test_where_runs_lie(tmp_path):
+    """By output_dir, so that another one has runs, and models to start from, of its own."""
+    path = Path("configs/sweeps/table1.yaml")
+    ours = sweep_glue.Sweep(path).runs()
+    assert str(ours) == "runs/sweeps/roberta-large"
+    others = {sweep_glue.Sweep(path, tmp_path / name / "roberta-large").runs() for name in ("a", "b")}
+    assert len(others | {ours}) == 3
+    sweep = sweep_glue.Sweep(path, tmp_path / "a")
+    assert f"--init_from={sweep.runs()}/mnli/mnli-adamw-1" in sweep.trials()[-1 - 3 * 4 * 3].words
 
 
 def test_the_time_that_is_left(tmp_path):
@@ -390,6 +415,29 @@ def test_killed_at_any_moment(tmp_path, tiny, glue):
     for run in runs:
         log = (ROOT / run.folder / "log.txt").read_text()
         assert log.count("***** train metrics *****") == 1, run.name
+
+
+@pytest.mark.slow
+def test_ctrl_c(tmp_path, tiny, glue):
+    """Stops the runner and its runs at once, and no run begins anew."""
+    path = real_sweep(tmp_path, tiny, choose=None)
+    runs = sweep_glue.Sweep(path).finals(lambda *key: {})
+    runner = subprocess.Popen(command(path, glue("rte"), "--jobs=2"), env=environment(), start_new_session=True)
+    end = time.monotonic() + SECONDS
+    while not any((ROOT / run.folder / "log.txt").exists() for run in runs):
+        assert runner.poll() is None and time.monotonic() < end
+        time.sleep(0.05)
+    time.sleep(1)
+    os.killpg(runner.pid, signal.SIGINT)  # as a terminal does
+    assert runner.wait(timeout=20) == 130
+    time.sleep(3)
+    for plan in (ROOT / runs[0].folder).parent.glob("*/plan.json"):
+        assert json.loads(plan.read_text())["attempts"] == 1
+        with open(plan.with_name("lock")) as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # nobody holds it
+    subprocess.run(command(path, glue("rte"), "--jobs=2"), env=environment(), timeout=SECONDS, check=True)
+    assert {record["attempts"] for record in records_of(tmp_path).values()} <= {1, 2}
+    assert len(records_of(tmp_path)) == 4
 
 
 @pytest.mark.slow
