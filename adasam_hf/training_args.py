@@ -69,7 +69,7 @@ class SharpnessAwareArgumentsMixin:
         default=None,
         metadata={
             "help": "Radius ρ of the ascent, in weight units. Above 0 it makes any optimizer sharpness-aware. "
-            "Unset: 0.05 for adasam and sam (0.4 along the momentum), 0 for the others."
+            "Unset: 0.05 for adasam and sam (0.1 with sam_preset=fast, 0.4 along the momentum), 0 for the others."
         },
     )
     sam_scope: Scope = field(

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from test_glue_data import snapshot
 from transformers import BertForSequenceClassification, TrainerCallback
 
+from adasam_hf.glue import record as record_module
 from adasam_hf.glue import run as run_module
 from adasam_hf.glue.run import config_tokens, main, parse
 from adasam_hf.glue.tasks import TASKS, get_task
@@ -145,12 +146,25 @@ def test_rows_are_held_out_of_training(flags, files):
     trainer = main([*job, "--held_out_samples=10"])
     assert (texts(trainer.train_dataset), texts(trainer.eval_dataset)) == (everything[:38], everything[38:])
 
+    trainer = main([word for word in [*job, "--held_out_samples=10"] if word != "--do_eval"])
+    assert texts(trainer.train_dataset) == everything[:38]  # also where they are evaluated by another run
+
     shuffled = main([*job, "--subset_seed=3", "--max_train_samples=20", "--held_out_samples=28"])
     train, held_out = texts(shuffled.train_dataset), texts(shuffled.eval_dataset)
     assert sorted(train + held_out) == sorted(everything) and train + held_out != everything
     again = main([*job, "--subset_seed=3", "--max_train_samples=20", "--seed=7"])
     assert texts(again.train_dataset) == train  # by its own seed alone
     assert texts(again.eval_dataset) != held_out  # the validation file's
+
+
+@pytest.mark.parametrize(
+    ("changed", "added", "dirty"),
+    [("", "", False), (" M adasam_hf/optim.py", "", True), ("", "adasam_hf/new.py", True)],
+)
+def test_whether_the_tree_differs_from_the_commit(monkeypatch, changed, added, dirty):
+    answers = {"rev-parse": "abc", "status": changed, "ls-files": added}
+    monkeypatch.setattr(record_module, "_git", lambda *words: answers[words[0]])
+    assert record_module.provenance()["dirty"] is dirty and record_module.provenance()["commit"] == "abc"
 
 
 def test_the_gap_of_the_final_weights(flags, files, tmp_path, monkeypatch):

@@ -127,6 +127,9 @@ def test_each_sweep(path, tiny, glue, tmp_path, monkeypatch):
         assert not any(word.startswith("--held_out_samples=") for word in run.words)
     words = [word for word in (trials or finals)[0].words if "held_out" not in word and "init_from" not in word]
     one_step(words, tiny, glue((trials or finals)[0].axes["task_name"]), tmp_path)
+    if "sam_rho" in sweep.axes:  # an axis wins over what was chosen
+        found = {run.axes["sam_rho"]: run.arguments["sam_rho"] for run in sweep.finals(lambda *key: {"sam_rho": 7})}
+        assert found == {radius: radius for radius in sweep.axes["sam_rho"]}
     if sweep.choose == "table1":  # its trials are there to be taken
         other = sweep_glue.Sweep(path.with_name("table1.yaml"))
         assert set(sweep.axes["task_name"]) <= set(other.axes["task_name"])
@@ -136,7 +139,7 @@ def test_each_sweep(path, tiny, glue, tmp_path, monkeypatch):
 def test_large_and_small_sweeps_belong_together():
     large = {path.name for path in SWEEPS if path.parent.name == "sweeps"}
     small = {path.name for path in SWEEPS if path.parent.name == "small"}
-    assert large == {"table1.yaml", "table2.yaml", "batch_size.yaml", "mnli.yaml"} and large < small
+    assert large == {f"{name}.yaml" for name in ("table1", "table2", "batch_size", "radius", "mnli")} and large < small
     for name in large:
         sweep = sweep_glue.Sweep(Path("configs/sweeps") / name)
         for run in sweep.finals(lambda task, method: {}):

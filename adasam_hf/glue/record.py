@@ -30,9 +30,11 @@ def provenance() -> dict:
     """Commit (and whether files differ from it), versions and hardware."""
     # An installed copy may lie inside the repository of someone else's project.
     tracked = _git("ls-files", "--error-unmatch", "__init__.py") is not None
+    changed = _git("status", "--porcelain", "--untracked-files=no")
+    added = _git("ls-files", "--others", "--exclude-standard", "--full-name", ":/*.py", ":/*.yaml")  # not records
     return {
         "commit": _git("rev-parse", "HEAD") if tracked else None,
-        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")) if tracked else None,
+        "dirty": bool(changed or added) if tracked else None,
         "versions": {
             "adasam_hf": adasam_hf.__version__,
             "python": platform.python_version(),
@@ -47,12 +49,13 @@ def provenance() -> dict:
     }
 
 
-def write_record(path: Path, trainer: Trainer, arguments: Iterable, metrics: dict) -> None:
-    """The record of a run of `trainer`; `arguments` are dataclasses beside its own. Tokens are blanked."""
+def write_record(path: Path, origin: dict, trainer: Trainer, arguments: Iterable, metrics: dict) -> None:
+    """The record of a run of `trainer`; `origin` is `provenance` as the run began, `arguments` are dataclasses beside
+    the trainer's own. Tokens are blanked."""
     write_json(
         path,
         {
-            **provenance(),
+            **origin,
             "command": [Path(sys.argv[0]).name, *_without_tokens(sys.argv[1:])],
             "seed": trainer.args.seed,
             "arguments": {k: v for a in arguments for k, v in dataclasses.asdict(a).items()} | trainer.args.to_dict(),

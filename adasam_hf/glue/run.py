@@ -27,7 +27,7 @@ from ..trainer import AdaSAMTrainer
 from ..training_args import AdaSAMTrainingArguments
 from .data import load_files, load_task, resolve_path
 from .metrics import make_compute_metrics, predictions_of
-from .record import write_record
+from .record import provenance, write_record
 from .tasks import TASKS, Task, get_task
 
 GAP_BATCHES = 4
@@ -194,6 +194,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: GlueTraining
     Writes to ``args.output_dir``: the model, `all_results.json`, GLUE's submission files, a model card and
     `record.json`, which has all that is needed to do the run again.
     """
+    origin = provenance()  # of the code that runs, not of what it has become when the run ends
     checkpoint = _find_checkpoint(args)
     task, data = _load_data(data_args, args, model_args)
     set_seed(args.seed)
@@ -221,11 +222,6 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: GlueTraining
         trainer.log_metrics("train", metrics)
         trainer.save_metrics("train", metrics)
         trainer.save_state()
-        if data_args.measure_gap is not None:
-            # float32, without autocast
-            model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-            batches = itertools.islice(trainer.get_train_dataloader(), GAP_BATCHES)
-            metrics["final_sam_gap"] = sam_gap(model, batches, data_args.measure_gap)
     if args.do_eval:
         scores: dict[str, float] = {}
         for split, suffix in reversed(task.evaluations):  # the main one last: the model card shows the last
@@ -245,6 +241,11 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: GlueTraining
             output = trainer.predict(rows, metric_key_prefix="predict").predictions
             if trainer.is_world_process_zero():
                 write_submission(Path(args.output_dir) / file, task, predictions_of(output, task.is_regression))
+    if args.do_train and data_args.measure_gap is not None:
+        # in float32; last, as unwrapping takes autocast off the model itself
+        model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+        batches = itertools.islice(trainer.get_train_dataloader(), GAP_BATCHES)
+        metrics["final_sam_gap"] = sam_gap(model, batches, data_args.measure_gap)
 
     card = {"finetuned_from": model_args.model_name_or_path, "tasks": "text-classification"}
     if data_args.task_name:
@@ -254,7 +255,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: GlueTraining
     else:
         trainer.create_model_card(**card)
     if trainer.is_world_process_zero():
-        write_record(Path(args.output_dir) / "record.json", trainer, (model_args, data_args), metrics)
+        write_record(Path(args.output_dir) / "record.json", origin, trainer, (model_args, data_args), metrics)
     return trainer
 
 
@@ -303,7 +304,7 @@ def _load_data(
     in_files = bool(files)
     evaluations = ["validation"] if in_files or task is None else [split for split, _ in task.evaluations]
     tests = ["test"] if in_files or task is None else [split for split, _ in task.submissions]
-    held_out = data_args.held_out_samples is not None and args.do_eval
+    held_out = data_args.held_out_samples is not None and (args.do_train or args.do_eval)
     needs_train = args.do_train or held_out
     splits = ["train"] * needs_train + evaluations * (args.do_eval and not held_out) + tests * args.do_predict
     if in_files:
