@@ -48,11 +48,11 @@ class SharpnessAwareTrainerMixin:
     global batch; in scope ``microbatch``, or with ``sam_sync=False``, each process climbs its own and the ascent has no
     gradient traffic. g is averaged as ever, so that the processes' weights stay the same bits.
 
-    The radius is ``args.sam_rho``; unset, it is that of the `AdaSAM` instance in use, that of the
-    preset for ``optim="sam"`` (``full`` 0.05, ``fast`` 0.1, ``free`` 0.4) and 0 for all else. Logged beside the loss at w: ``sam_loss`` (at w + δ), ``sam_gap`` (their
-    difference, over the steps that climb), ``sam_grad_norm`` (‖s‖₂ of the last such step; the processes' mean of it,
-    where each climbs its own), ``sam_rho`` (its radius) and, if weights are float16 or bfloat16, ``sam_applied``: the
-    share of the perturbation that rounding left over.
+    The radius is ``args.sam_rho``; unset, it is that of the `AdaSAM` instance in use, that of the preset for
+    ``optim="sam"`` (``full`` 0.05, ``fast`` 0.1, ``free`` 0.4) and 0 for all else. Logged beside the loss at w:
+    ``sam_loss`` (at w + δ), ``sam_gap`` (their difference, over the steps that climb), ``sam_grad_norm`` (‖s‖₂ of the
+    last such step; the processes' mean of it, where each climbs its own), ``sam_rho`` (its radius) and, if weights are
+    float16 or bfloat16, ``sam_applied``: the share of the perturbation that rounding left over.
 
     Raises:
         TypeError: if `args` lacks the sharpness-aware arguments.
