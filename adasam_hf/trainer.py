@@ -2,7 +2,6 @@
 
 import inspect
 import os
-import re
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -12,15 +11,14 @@ from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer
 from transformers.utils import logging
 
-from . import doctor, rng, running_stats
+from . import card, doctor, rng, running_stats
 from .checkpoints import last_complete
 from .directions import DIRECTIONS, Direction, Last
 from .distributed import average_gradients, climbs_locally, refuse_unsupported, unsynced
 from .optim import AdaSAM
 from .perturbation import Perturbation
-from .schedule import Schedule
 from .selection import choose_parameters, gradients_only_for, take_rows
-from .training_args import RADIUS_ZERO, SGD_NAMES, SharpnessAwareArgumentsMixin
+from .training_args import RADIUS_ZERO, SharpnessAwareArgumentsMixin
 
 logger = logging.get_logger(__name__)
 
@@ -318,42 +316,16 @@ class SharpnessAwareTrainerMixin:
         return int(super().floating_point_ops(inputs) * (1 + first_pass))
 
     def create_model_card(self, *args, **kwargs) -> None:
-        """As in Transformers, with the optimizer and the ascent as they were used."""
+        """As in Transformers, with the optimizer and the ascent as they were used, and whom to cite."""
         super().create_model_card(*args, **kwargs)
         path = os.path.join(self.args.output_dir, "README.md")
         if self.is_world_process_zero():
             with open(path, encoding="utf-8") as file:
-                card = file.read()
-            # The stock entry reads betas only for names with "adam" in them, and may go on over a second line.
-            card = re.sub(
-                r"^- optimizer: .*?\n(?=- )", lambda _: self._card_entries(), card, count=1, flags=re.M | re.S
-            )
+                text = file.read()
             with open(path, "w", encoding="utf-8") as file:
-                file.write(card)
-
-    def _card_entries(self) -> str:
-        args = self.args
-        name = str(getattr(args.optim, "value", args.optim))
-        adasam = self._own_adasam()
-        if adasam is not None:
-            group = adasam.param_groups[0]
-            how = f"AdaSAM, arXiv:2303.00565, with betas={group['betas']}, epsilon={group['eps']}"
-        elif name in SGD_NAMES:
-            how = f"SGD with momentum={args.sgd_momentum}"
-        else:
-            how = f"betas={args.resolved_betas}, epsilon={args.resolved_epsilon}, optimizer_args={args.optim_args}"
-        entries = {"optimizer": f"{name} ({how})", "sam_rho": max(self._radii, default=args.resolved_rho)}
-        if entries["sam_rho"] > 0:
-            entries |= {"sam_scope": args.sam_scope, "sam_dropout": args.sam_dropout}
-            if args.world_size > 1:
-                entries["sam_sync"] = not climbs_locally(self)
-            ascent = {"sam_direction": args.resolved_direction, "sam_ascent_fraction": args.resolved_ascent_fraction}
-            ascent |= {name: getattr(args, name) for name in ("sam_parameters", "sam_adaptive", "sam_reuse")}
-            usual = {"sam_direction": "gradient", "sam_ascent_fraction": 1.0, "sam_parameters": "all"}
-            entries |= {name: value for name, value in ascent.items() if value != usual.get(name, False)}
-            if args.sam_schedule != Schedule():
-                entries["sam_schedule"] = args.sam_schedule
-        return "".join(f"- {key}: {value}\n" for key, value in entries.items())
+                file.write(
+                    card.rewrite(text, self, self._own_adasam(), max(self._radii, default=self.args.resolved_rho))
+                )
 
 
 def _refuse_overridden_step(kind: type) -> None:

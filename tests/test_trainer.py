@@ -1,5 +1,6 @@
 import math
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from adasam_hf import (
     AdaSAMTrainer,
     SharpnessAwareTrainerMixin,
 )
+from adasam_hf.card import CITATION
 
 # ---- against a loop written by hand ----
 
@@ -623,6 +625,7 @@ def test_model_card_shows_the_values(build, tmp_path):
         "sam": {},
         "adamw_torch": {"sam_rho": 0.01, "sam_scope": "microbatch"},
         "amsgrad": {},
+        "plain": {"optim": "adamw_torch"},
         "free": {"optim": "adasam", "sam_preset": "free"},
         "fast": {"optim": "adasam", "sam_preset": "fast", "sam_parameters": "norm", "sam_start": 0.5},
     }.items():
@@ -641,9 +644,19 @@ def test_model_card_shows_the_values(build, tmp_path):
     assert "betas=(0.9, 0.999), epsilon=1e-08" in shown["adamw_torch"]
     assert "- sam_scope: microbatch" in shown["adamw_torch"]
     assert "- sam_direction: momentum\n" in shown["free"] and "sam_ascent_fraction" not in shown["free"]
-    assert "- sam_ascent_fraction: 0.25\n- sam_parameters: norm\n" in shown["fast"]
+    assert "- sam_ascent_fraction: 0.125\n- sam_parameters: norm\n" in shown["fast"]
     assert "- sam_schedule: Schedule(start=0.5" in shown["fast"]
     assert "- sam_rho: 0.0\n- lr_scheduler_type" in shown["amsgrad"]
+    paper = "[AdaSAM](https://arxiv.org/abs/2303.00565)"
+    assert f"Fine-tuned with {paper}, sharpness-aware minimization, at radius 0.03, by `adasam_hf`" in shown["adasam"]
+    assert f"AMSGrad, which is {paper} at radius 0" in shown["amsgrad"]
+    assert "around `sam` at radius 0.05" in shown["sam"] and "bibtex" not in shown["sam"]
+    assert all(shown[name].count(CITATION) == 1 for name in ("adasam", "amsgrad", "free", "fast"))
+    assert "Sharpness-aware" not in shown["plain"] and "bibtex" not in shown["plain"]
+
+
+def test_the_citation_is_that_of_the_readme():
+    assert f"```bibtex\n{CITATION}```" in (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 
 
 def test_seq2seq(build):

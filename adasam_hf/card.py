@@ -1,0 +1,73 @@
+"""What a model card says of the optimizer, the ascent and their source."""
+
+import re
+
+from transformers import Trainer
+
+from . import __version__
+from .distributed import climbs_locally
+from .optim import AdaSAM
+from .schedule import Schedule
+from .training_args import SGD_NAMES
+
+CITATION = """@article{sun2024adasam,
+  title   = {{AdaSAM}: Boosting Sharpness-Aware Minimization with Adaptive Learning Rate and Momentum for Training Deep
+             Neural Networks},
+  author  = {Sun, Hao and Shen, Li and Zhong, Qihuang and Ding, Liang and Chen, Shixiang and Sun, Jingwei and
+             Li, Jing and Sun, Guangzhong and Tao, Dacheng},
+  journal = {Neural Networks},
+  volume  = {169},
+  year    = {2024},
+  note    = {arXiv:2303.00565}
+}
+"""
+
+
+def rewrite(text: str, trainer: Trainer, adasam: AdaSAM | None, rho: float) -> str:
+    """The card that Transformers wrote, with the entries that it cannot know and, if the run used AdaSAM or an ascent,
+    a section on them with the paper and its citation."""
+    entries = "".join(f"- {key}: {value}\n" for key, value in _entries(trainer, adasam, rho).items())
+    # The stock entry reads betas only for names with "adam" in them, and may go on over a second line.
+    text = re.sub(r"^- optimizer: .*?\n(?=- )", lambda _: entries, text, count=1, flags=re.M | re.S)
+    if adasam is None and rho == 0:
+        return text
+    return f"{text.rstrip()}\n\n{_section(trainer, adasam, rho)}"
+
+
+def _name(args) -> str:
+    return str(getattr(args.optim, "value", args.optim))
+
+
+def _entries(trainer: Trainer, adasam: AdaSAM | None, rho: float) -> dict[str, object]:
+    args = trainer.args
+    if adasam is not None:
+        group = adasam.param_groups[0]
+        how = f"AdaSAM, arXiv:2303.00565, with betas={group['betas']}, epsilon={group['eps']}"
+    elif _name(args) in SGD_NAMES:
+        how = f"SGD with momentum={args.sgd_momentum}"
+    else:
+        how = f"betas={args.resolved_betas}, epsilon={args.resolved_epsilon}, optimizer_args={args.optim_args}"
+    entries = {"optimizer": f"{_name(args)} ({how})", "sam_rho": rho}
+    if rho > 0:
+        entries |= {"sam_scope": args.sam_scope, "sam_dropout": args.sam_dropout}
+        if args.world_size > 1:
+            entries["sam_sync"] = not climbs_locally(trainer)
+        ascent = {"sam_direction": args.resolved_direction, "sam_ascent_fraction": args.resolved_ascent_fraction}
+        ascent |= {name: getattr(args, name) for name in ("sam_parameters", "sam_adaptive", "sam_reuse")}
+        usual = {"sam_direction": "gradient", "sam_ascent_fraction": 1.0, "sam_parameters": "all"}
+        entries |= {name: value for name, value in ascent.items() if value != usual.get(name, False)}
+        if args.sam_schedule != Schedule():
+            entries["sam_schedule"] = args.sam_schedule
+    return entries
+
+
+def _section(trainer: Trainer, adasam: AdaSAM | None, rho: float) -> str:
+    if rho == 0:
+        method = "AMSGrad, which is [AdaSAM](https://arxiv.org/abs/2303.00565) at radius 0"
+    elif adasam is not None:
+        method = f"[AdaSAM](https://arxiv.org/abs/2303.00565), sharpness-aware minimization, at radius {rho:g}"
+    else:
+        sam = "[sharpness-aware minimization](https://arxiv.org/abs/2010.01412)"
+        method = f"{sam} around `{_name(trainer.args)}` at radius {rho:g}"
+    text = f"## Sharpness-aware training\n\nFine-tuned with {method}, by `adasam_hf` {__version__}.\n"
+    return text if adasam is None else f"{text}\n```bibtex\n{CITATION}```\n"
