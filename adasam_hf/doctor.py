@@ -83,7 +83,7 @@ def _passes(args) -> str:
         return f"along the {args.resolved_direction}: 1 forward/backward pass per micro-batch, as ever"
     first = []
     if args.resolved_ascent_fraction < 1:
-        first.append(f"on {args.resolved_ascent_fraction:.0%} of its rows")
+        first.append(f"on {100 * args.resolved_ascent_fraction:g}% of its rows")
     if args.sam_parameters != "all":
         first.append("without gradients of the other weights")
     return "2 forward/backward passes per micro-batch instead of 1" + (f", the first {' '.join(first)}" * bool(first))

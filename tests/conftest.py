@@ -52,10 +52,6 @@ def pytest_addoption(parser):
     parser.addoption("--compat", metavar="FILE", help=what)
 
 
-def pytest_configure(config):
-    config.compat = []
-
-
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
     report = yield
@@ -64,8 +60,16 @@ def pytest_runtest_makereport(item, call):
             scope = getattr(item, "callspec", None) and item.callspec.params.get("scope")
             reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else getattr(report, "wasxfail", "")
             cell = {"scope": scope, "refused": False, **mark.kwargs, "outcome": report.outcome, "reason": reason}
-            item.config.compat.append({"group": mark.args[0], "what": mark.args[1], "test": item.nodeid, **cell})
+            cell |= {"group": mark.args[0], "what": mark.args[1], "test": item.nodeid}
+            report.user_properties.append(("compat", cell))  # travels from xdist's workers, too
     return report
+
+
+COMPAT = []
+
+
+def pytest_runtest_logreport(report):
+    COMPAT.extend(cell for name, cell in report.user_properties if name == "compat")
 
 
 def pytest_collection_finish(session):
@@ -76,8 +80,8 @@ def pytest_collection_finish(session):
 
 def pytest_sessionfinish(session):
     path = session.config.option.compat
-    if path and not session.config.option.collectonly:
-        Path(path).write_text(json.dumps(session.config.compat, indent=1) + "\n")
+    if path and not session.config.option.collectonly and not hasattr(session.config, "workerinput"):
+        Path(path).write_text(json.dumps(sorted(COMPAT, key=lambda cell: cell["test"]), indent=1) + "\n")
 
 
 def pytest_collection_modifyitems(config, items):

@@ -44,12 +44,12 @@ def test_the_line_names_a_cheap_ascent(build, said):
     flags = {"sam_parameters": "norm", "sam_interval": 3, "sam_reuse": True, "sam_rho_schedule": "linear"}
     build(Sharp, make_model("bert"), optim="adasam", sam_preset="fast", sam_start=0.5, **flags).train()
     for words in (
-        "sam_rho=0.05 times its linear schedule",
+        "sam_rho=0.1 times its linear schedule",
         "from 50% to 100% of training",
         "in one step of 3, again in the others",
         "(sam_parameters=norm) with 160 of",
         "copies of them and of the last gradient",
-        "the first on 25% of its rows without gradients of the other weights",
+        "the first on 12.5% of its rows without gradients of the other weights",
     ):
         assert words in said[0], words
 
