@@ -1,5 +1,6 @@
 """How sharp the loss is around a model's weights."""
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -7,7 +8,9 @@ import numpy as np
 import torch
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import nn
+from transformers import Trainer, TrainerCallback
 
+from . import rng
 from .perturbation import Perturbation
 
 
@@ -41,6 +44,46 @@ def sam_gap(model: nn.Module, batches: Iterable[Mapping], rho: float) -> float:
     if not gaps:
         raise ValueError("batches is empty; give at least one")
     return sum(gaps) / len(gaps)
+
+
+def average_sharpness(
+    model: nn.Module, batches: Sequence[Mapping], rho: float, samples: int = 10, seed: int = 0
+) -> float:
+    r"""Mean over batches and random directions of L_B(w + ρu) - L_B(w), with u uniform on the unit sphere.
+
+    How much typical nearby weights lose, where `sam_gap` asks for the worst (to first order). For small radii it is
+    ρ²·tr(∇²L)/2n with n parameters, so it takes a far larger radius to show anything.
+
+    Args:
+        model, batches: as in `sam_gap`, which each direction sees all of.
+        rho: radius > 0, in weight units.
+        samples: directions, at least 1. Cost: samples + 1 forward passes for each batch, and one copy of the weights.
+        seed: of the directions.
+
+    Raises:
+        ValueError: for a bad radius or count, or without batches.
+    """
+    if not rho > 0 or samples < 1 or not batches:
+        raise ValueError(
+            f"rho={rho!r} must be > 0, samples={samples!r} at least 1, and batches not empty ({len(batches)} given)"
+        )
+    generator = torch.Generator().manual_seed(seed)  # on the host, so that devices agree
+    params = [p for p in model.parameters() if p.requires_grad]
+    perturbation = Perturbation(torch.optim.SGD(params, lr=0.0))
+    held = [p.grad for p in params]
+    rises = []
+    try:
+        with _evaluating(model), torch.no_grad():
+            clean = [float(model(**batch).loss) for batch in batches]
+            for _ in range(samples):
+                for p in params:
+                    p.grad = torch.randn(p.shape, generator=generator).to(p)
+                with perturbation.perturbed(rho):
+                    rises += [float(model(**batch).loss) - loss for batch, loss in zip(batches, clean, strict=True)]
+    finally:
+        for p, grad in zip(params, held, strict=True):
+            p.grad = grad
+    return sum(rises) / len(rises)
 
 
 def top_eigenvalues(
@@ -100,3 +143,40 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         for module, mode in training.items():
             module.training = mode
         model.zero_grad()
+
+
+class SharpnessCallback(TrainerCallback):
+    """Logs how sharp the training loss is, at each evaluation, to wherever the trainer logs (TensorBoard and all
+    other trackers of Transformers)::
+
+        trainer.add_callback(SharpnessCallback(trainer, radii=(0.01, 0.05)))
+
+    Logged: ``sharpness/gap_<radius>`` for each radius (`sam_gap`) and, if asked for, ``sharpness/eigenvalue``. The
+    rows are the first ones of the training set, always the same; the model is in eval mode and in the precision that
+    it is trained in. Neither weights, gradients nor random numbers of the training change, bit for bit.
+
+    Args:
+        trainer: any Transformers `Trainer` with a training set of known length.
+        radii: each > 0.
+        batches: how many of the trainer's evaluation batch size. Cost of each at every evaluation: see `sam_gap` and
+            `top_eigenvalues`.
+        eigenvalue: whether to measure the Hessian's largest eigenvalue, too.
+    """
+
+    def __init__(self, trainer: Trainer, radii: Sequence[float] = (0.05,), batches: int = 4, eigenvalue: bool = False):
+        if not radii or not all(rho > 0 for rho in radii) or batches < 1:
+            raise ValueError(f"radii={radii!r} must be some numbers > 0, and batches={batches!r} at least 1")
+        self.trainer, self.radii, self.count, self.eigenvalue = trainer, tuple(radii), batches, eigenvalue
+
+    def on_evaluate(self, args, state, control, model, **kwargs) -> None:
+        """Measure and log."""
+        gradients = {p: p.grad for p in model.parameters()}
+        with rng.replay(rng.capture()):  # even to begin a loader draws a number
+            loader = self.trainer.get_eval_dataloader(self.trainer.train_dataset)  # in the order of the data
+            batches = [self.trainer._prepare_inputs(batch) for batch in itertools.islice(loader, self.count)]
+            values = {f"sharpness/gap_{rho:g}": sam_gap(model, batches, rho) for rho in self.radii}
+            if self.eigenvalue:
+                (values["sharpness/eigenvalue"],) = top_eigenvalues(model, batches)
+        for p, gradient in gradients.items():
+            p.grad = gradient
+        self.trainer.log(values)

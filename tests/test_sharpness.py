@@ -2,10 +2,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import flat, make_model, make_rows
+from conftest import Plain, Sharp, flat, make_model, make_rows
 from torch import nn
 
-from adasam_hf.sharpness import sam_gap, top_eigenvalues
+from adasam_hf.sharpness import SharpnessCallback, average_sharpness, sam_gap, top_eigenvalues
 
 
 def batches(count=2):
@@ -93,3 +93,62 @@ def test_top_eigenvalue_of_a_bert_is_its_worst_curvature():
 def test_top_eigenvalues_need_batches():
     with pytest.raises(ValueError, match="batches not empty"):
         top_eigenvalues(make_model("bert"), [])
+
+
+# ---- on average ----
+
+
+def test_average_sharpness_of_a_quadratic():
+    """Its mean over the sphere is ρ²·tr(A)/2n + 0, as the gradient's part vanishes."""
+    torch.manual_seed(0)
+    model = Quadratic(6).double()
+    a = torch.diag(torch.arange(1.0, 7.0)).double()
+    batches = [{"a": a, "b": torch.zeros(6).double()}]
+    with torch.no_grad():
+        model.w.zero_()
+    before = flat(model)
+    got = average_sharpness(model, batches, rho=0.5, samples=4000)
+    assert got == pytest.approx(0.5**2 * 21 / 2 / 8, rel=0.03)  # 8 parameters, two of them idle
+    assert got == average_sharpness(model, batches, rho=0.5, samples=4000)
+    assert got != average_sharpness(model, batches, rho=0.5, samples=4000, seed=1)
+    assert torch.equal(flat(model), before)
+    for bad in ({"rho": 0.0}, {"rho": 0.5, "samples": 0}):
+        with pytest.raises(ValueError, match="must be > 0"):
+            average_sharpness(model, batches, **bad)
+
+
+# ---- during training ----
+
+
+@pytest.mark.parametrize("kind", [Plain, Sharp])
+def test_the_callback_logs_and_changes_nothing(build, kind):
+    more = {"optim": "adasam"} if kind is Sharp else {}
+    flags = {"eval_strategy": "steps", "eval_steps": 2, "num_train_epochs": 2, "gradient_accumulation_steps": 2, **more}
+
+    class Evaluated(kind):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, eval_dataset=make_rows(8), **kwargs)
+
+    def trained(measured):
+        trainer = build(Evaluated, make_model("bert", attn_implementation="eager"), make_rows(16), **flags)
+        if measured:
+            trainer.add_callback(SharpnessCallback(trainer, radii=(0.01, 0.1), batches=2, eigenvalue=True))
+        trainer.train()
+        return trainer
+
+    bare, watched = trained(False), trained(True)
+    assert torch.equal(flat(bare.model), flat(watched.model))  # with dropout
+    entries = [entry for entry in watched.state.log_history if "sharpness/gap_0.1" in entry]
+    assert len(entries) == 2 and [entry["step"] for entry in entries] == [2, 4]
+    rows = make_rows(16)
+    at_end = [{k: torch.stack([r[k] for r in rows[i : i + 8]]) for k in rows[0]} for i in (0, 8)]
+    for rho in (0.01, 0.1):
+        assert entries[-1][f"sharpness/gap_{rho:g}"] == pytest.approx(sam_gap(watched.model, at_end, rho), rel=1e-6)
+    assert entries[-1]["sharpness/eigenvalue"] == pytest.approx(top_eigenvalues(watched.model, at_end)[0], rel=0.02)
+
+
+def test_bad_callbacks(build):
+    trainer = build(Plain, make_model("bert"))
+    for bad in ({"radii": ()}, {"radii": (0.0,)}, {"batches": 0}):
+        with pytest.raises(ValueError, match="radii="):
+            SharpnessCallback(trainer, **bad)
