@@ -190,9 +190,9 @@ def build(tmp_path):
 # ---- scripts ----
 
 
-def load_script(name: str):
+def load_script(name: str, folder: str = "scripts"):
     """A file of scripts/ as a module."""
-    path = Path(__file__).parent.parent / "scripts" / f"{name}.py"
+    path = Path(__file__).parent.parent / folder / f"{name}.py"
     spec = importlib.util.spec_from_file_location(name, path)
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
