@@ -61,7 +61,7 @@ def measure(path: Path, args: argparse.Namespace) -> dict:
 
 def plot(found: dict[str, dict], args: argparse.Namespace) -> None:
     """One panel of lines, then one of contours for each checkpoint."""
-    figure, axes = pyplot.subplots(1, 1 + len(found), figsize=(4 * (1 + len(found)), 3.6))
+    figure, axes = pyplot.subplots(1, 1 + len(found), figsize=(4 * (1 + len(found)), 3.6), layout="constrained")
     line = np.linspace(-args.extent, args.extent, args.points)
     grid = np.linspace(-args.extent, args.extent, args.grid)
     values = np.concatenate([losses["plane"] for losses in found.values()])
@@ -75,8 +75,8 @@ def plot(found: dict[str, dict], args: argparse.Namespace) -> None:
     axes[0].set(xlabel="distance along a direction, in norms of the filters", ylabel="training loss")
     axes[0].legend()
     axes[1].set_ylabel("second direction")
-    figure.colorbar(filled, ax=list(axes[1:]), label="training loss", format="%.2g")
-    figure.savefig(args.output, dpi=110, bbox_inches="tight")
+    figure.colorbar(filled, ax=list(axes[1:]), label="training loss", format="%.3g")
+    figure.savefig(args.output, dpi=110)
 
 
 def main() -> int:
