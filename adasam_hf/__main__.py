@@ -27,7 +27,8 @@ def main() -> None:
     from .patching import patch
 
     patch()
-    sys.path[0] = os.path.dirname(os.path.abspath(script))  # as for `python SCRIPT`
+    if not sys.flags.safe_path:
+        sys.path[0] = os.path.dirname(os.path.abspath(script))  # as for `python SCRIPT`
     try:
         runpy.run_path(script, run_name="__main__")
     except Exception as error:

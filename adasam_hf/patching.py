@@ -7,7 +7,7 @@ import transformers
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 from transformers.utils import logging
 
-from .trainer import AdaSAMSeq2SeqTrainer, AdaSAMTrainer
+from .trainer import AdaSAMSeq2SeqTrainer, AdaSAMTrainer, SharpnessAwareTrainerMixin
 from .training_args import AdaSAMSeq2SeqTrainingArguments, AdaSAMTrainingArguments
 
 logger = logging.get_logger(__name__)
@@ -29,7 +29,7 @@ MODULES = (
 )
 
 
-class patch:  # noqa: N801: it is used like a function
+class patch:
     """Replace the four classes that scripts import from Transformers, from now on or for a ``with`` block::
 
         import adasam_hf
@@ -42,14 +42,19 @@ class patch:  # noqa: N801: it is used like a function
             ...
 
     A class that is made while this is in effect, such as ``trl.SFTTrainer`` when ``trl`` is imported, is
-    sharpness-aware and stays it. One that was made before stays plain, and a warning names it. Radius 0, which is the
-    default of every optimizer but adasam and sam, is the stock run.
+    sharpness-aware and stays it. One that was made before stays plain, and a warning names it. What other modules of
+    yours have imported by name before stays as it was, too, and so do processes that are spawned. Radius 0, which is
+    the default of every optimizer but adasam and sam, is the stock run.
     """
 
     def __init__(self):
         self._changed: list[tuple[ModuleType, str, type]] = []
-        for module in filter(None, map(sys.modules.get, MODULES)):
-            names = [cls.__name__ for cls in OURS] if module is transformers else list(vars(module))
+        modules = [module for name in MODULES if (module := sys.modules.get(name)) is not None]
+        # Transformers executes itself a second time while it is imported; who came first holds another module object.
+        held = [m for m in vars(sys.modules["__main__"]).values() if getattr(m, "__name__", None) == "transformers"]
+        for module in [*modules, *(m for m in held if isinstance(m, ModuleType) and m is not transformers)]:
+            lazy = module.__name__ == "transformers"
+            names = [cls.__name__ for cls in OURS] if lazy else list(vars(module))
             for name in names:
                 found = getattr(module, name, None)
                 if isinstance(found, type) and found in OURS:
@@ -80,8 +85,9 @@ def _plain_subclasses() -> set[str]:
     found, queue = set(), [Trainer, Seq2SeqTrainer]
     while queue:
         for cls in queue.pop().__subclasses__():
-            if cls.__module__.partition(".")[0] not in ("transformers", "adasam_hf"):
+            if issubclass(cls, SharpnessAwareTrainerMixin):
+                continue
+            if cls.__module__.partition(".")[0] != "transformers":
                 found.add(f"{cls.__module__}.{cls.__qualname__}")
-            if not issubclass(cls, (AdaSAMTrainer, AdaSAMSeq2SeqTrainer)):
-                queue.append(cls)
+            queue.append(cls)
     return found

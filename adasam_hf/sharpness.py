@@ -202,8 +202,8 @@ def loss_along(
 
 
 class SharpnessCallback(TrainerCallback):
-    """Logs how sharp the training loss is, at each evaluation, to wherever the trainer logs (TensorBoard and all
-    other trackers of Transformers)::
+    """Logs how sharp the model's loss on training rows is, at each evaluation, to wherever the trainer logs
+    (TensorBoard and all other trackers of Transformers)::
 
         trainer.add_callback(SharpnessCallback(trainer, radii=(0.01, 0.05)))
 
@@ -212,7 +212,9 @@ class SharpnessCallback(TrainerCallback):
     it is trained in. Neither weights, gradients nor random numbers of the training change, bit for bit.
 
     Args:
-        trainer: any Transformers `Trainer` with a training set of known length.
+        trainer: a Transformers `Trainer` with a training set of known length, whose model is called as
+            ``model(**batch)`` and has ``.loss``; it is that loss that is measured, whatever `compute_loss` makes of it.
+            With several processes: the rows of process 0.
         radii: each > 0.
         batches: how many of the trainer's evaluation batch size. Cost of each at every evaluation: see `sam_gap` and
             `top_eigenvalues`.
@@ -228,7 +230,7 @@ class SharpnessCallback(TrainerCallback):
         """Measure and log."""
         gradients = {p: p.grad for p in model.parameters()}
         with rng.replay(rng.capture()):  # even to begin a loader draws a number
-            loader = self.trainer.get_eval_dataloader(self.trainer.train_dataset)  # in the order of the data
+            loader = self.trainer.get_test_dataloader(self.trainer.train_dataset)  # in order, and never cached
             batches = [self.trainer._prepare_inputs(batch) for batch in itertools.islice(loader, self.count)]
             values = {f"sharpness/gap_{rho:g}": sam_gap(model, batches, rho) for rho in self.radii}
             if self.eigenvalue:

@@ -18,7 +18,12 @@ from .distributed import average_gradients, climbs_locally, refuse_unsupported, 
 from .optim import AdaSAM
 from .perturbation import Perturbation
 from .selection import choose_parameters, gradients_only_for, take_rows
-from .training_args import RADIUS_ZERO, SharpnessAwareArgumentsMixin
+from .training_args import (
+    RADIUS_ZERO,
+    AdaSAMSeq2SeqTrainingArguments,
+    AdaSAMTrainingArguments,
+    SharpnessAwareArgumentsMixin,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -57,7 +62,11 @@ class SharpnessAwareTrainerMixin:
         NotImplementedError: before training, where the two-pass step is not shown to be right.
     """
 
+    _default_arguments = AdaSAMTrainingArguments
+
     def __init__(self, model=None, args=None, *more, **kwargs):
+        if args is None:
+            args = self._default_arguments("tmp_trainer")  # as in Transformers
         if not isinstance(args, SharpnessAwareArgumentsMixin):
             raise TypeError(
                 f"args={type(args).__name__} has no sharpness-aware arguments; pass AdaSAMTrainingArguments, or a "
@@ -69,6 +78,7 @@ class SharpnessAwareTrainerMixin:
         self._direction: Direction | None = None  # of the coming step; None for a plain one
         self._rho_share = 1.0  # of the radii, in the coming step
         self._window_size = 0
+        self._due = False  # whether the present window is to climb and our training_step has not been called yet
         self._ascent_items: Tensor | int | None = None  # `num_items_in_batch` of the rows that the ascent sees
         self._tally = doctor.Tally()
         self._forget_window()
@@ -86,7 +96,6 @@ class SharpnessAwareTrainerMixin:
         optimizer = super().create_optimizer(*args, **kwargs)
         if any(self._resolve_radii()):
             refuse_unsupported(self)
-            _refuse_overridden_step(type(self))
             choose_parameters(self.model, self.args.sam_parameters)  # or say now that there are none
         return optimizer
 
@@ -103,6 +112,8 @@ class SharpnessAwareTrainerMixin:
     def _start_perturbing(self) -> None:
         """Fix the radii. Runs before the first step, when a checkpoint may have brought another radius along."""
         self._radii = self._resolve_radii()
+        if any(self._radii):
+            _refuse_overrides(type(self))
         self._chosen = choose_parameters(self.model, self.args.sam_parameters) if any(self._radii) else None
         self._perturbation = Perturbation(self.optimizer, self._chosen)
         self._own_direction = DIRECTIONS[self.args.resolved_direction](self.optimizer)
@@ -172,23 +183,32 @@ class SharpnessAwareTrainerMixin:
             # An interrupt can strike between any two instructions of training_step, its own `finally` included.
             if self._perturbation is not None:
                 self._perturbation.release()
-            self._window_size = 0
+            self._window_size, self._due = 0, False
             self._forget_window()
 
     def get_batch_samples(self, *args, **kwargs):
         """As in Transformers; notes how many micro-batches make up the coming optimizer step."""
         if self._perturbation is None:
             self._start_perturbing()
+        self._check_climbed()
         samples, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
         self._window_size = len(samples)
         self._forget_window()
         self._plan_step()
         # An unsized dataset that has run out goes on to give windows without a micro-batch.
+        self._due = bool(samples and self._rho_share)
         self._tally.steps += bool(samples and self._rho_share and self._direction.first_pass)
         if (share := self.args.resolved_ascent_fraction) < 1 and self._rho_share:
             rows = [take_rows(batch, share) for batch in samples]
             self._ascent_items = self._get_num_items_in_batch(rows, self.args.device)
         return samples, num_items_in_batch
+
+    def _check_climbed(self) -> None:
+        if self._due:
+            raise RuntimeError(
+                f"{type(self).__qualname__} did not call the training_step of SharpnessAwareTrainerMixin in a step that "
+                "was to climb; call super().training_step(...), or set sam_rho=0"
+            )
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args, **kwargs) -> Tensor:
         """The double forward/backward (see the class). Returns the loss at w, as the stock step does.
@@ -199,6 +219,7 @@ class SharpnessAwareTrainerMixin:
             if self.optimizer is None:
                 self.create_optimizer()
             self._start_perturbing()
+        self._due = False
         if not self._rho_share:
             return super().training_step(model, inputs, *args, **kwargs)
         if not self._direction.first_pass:
@@ -296,6 +317,7 @@ class SharpnessAwareTrainerMixin:
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """As in Transformers, with the ``sam_*`` values beside a training loss."""
+        self._check_climbed()
         # All processes are here, as for the mean of `loss` that the Trainer has just taken.
         if any(self._radii) and ("loss" in logs or ("train_loss" in logs and self._tally.climbs)):
             values, steps = self._tally.means(self.accelerator), self._tally.steps
@@ -328,15 +350,21 @@ class SharpnessAwareTrainerMixin:
                 )
 
 
-def _refuse_overridden_step(kind: type) -> None:
-    """A `training_step` in front of ours that does not call it would train without an ascent, and say nothing."""
+def _refuse_overrides(kind: type) -> None:
+    """Trainers whose own code would make another thing of the two passes, and say nothing."""
     for cls in kind.__mro__[: kind.__mro__.index(SharpnessAwareTrainerMixin)]:
-        step = inspect.unwrap(vars(cls)["training_step"]) if "training_step" in vars(cls) else None
-        if step is not None and "training_step" not in step.__code__.co_names:
+        step = inspect.unwrap(vars(cls).get("training_step", None))
+        if inspect.isfunction(step) and "training_step" not in step.__code__.co_names:
             raise NotImplementedError(
                 f"{cls.__module__}.{cls.__qualname__} overrides training_step without super().training_step(...), so "
                 "no step would climb; call it there, move the change to compute_loss, or set sam_rho=0"
             )
+    if kind._prepare_inputs is not Trainer._prepare_inputs:
+        # As in trl's GRPOTrainer, which makes new completions there: the second pass would see other data.
+        raise NotImplementedError(
+            f"{kind.__module__}.{kind.__qualname__} overrides _prepare_inputs, which would run in both passes, the "
+            "second time at the perturbed weights; set sam_rho=0"
+        )
 
 
 def _take_gradients(model: nn.Module) -> dict[nn.Parameter, Tensor]:
@@ -356,3 +384,5 @@ class AdaSAMTrainer(SharpnessAwareTrainerMixin, Trainer):
 
 class AdaSAMSeq2SeqTrainer(SharpnessAwareTrainerMixin, Seq2SeqTrainer):
     """`transformers.Seq2SeqTrainer` with the two-pass step; takes `AdaSAMSeq2SeqTrainingArguments`."""
+
+    _default_arguments = AdaSAMSeq2SeqTrainingArguments

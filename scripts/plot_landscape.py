@@ -29,13 +29,19 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 
-def read_batches(args: argparse.Namespace, tokenizer) -> list[dict]:
-    """The first training rows, in batches."""
+def read_batches(args: argparse.Namespace, tokenizer, names: list[str]) -> list[dict]:
+    """The first training rows, in batches. `names` are the labels of the model's head."""
     task = get_task(args.task_name) if args.task_name else None
     if args.train_file:
-        task, data = load_files(task, {"train": args.train_file}, args.text_column_names, "label", ["train"])
+        columns = args.text_column_names and args.text_column_names.split(",")
+        task, data = load_files(task, {"train": args.train_file}, columns, "label", ["train"])
     else:
         data = load_task(task, args.dataset_name_or_path, ["train"])
+    wanted = [name.lower() for name in task.labels]
+    if sorted(names) == sorted(wanted) and names != wanted:
+        raise ValueError(
+            f"a checkpoint has its labels in the order {names}, the rows in {wanted}: losses would be wrong"
+        )
     rows = data["train"].select(range(min(args.rows, len(data["train"]))))
     batches = []
     for start in range(0, len(rows), args.batch_size):
@@ -49,7 +55,8 @@ def read_batches(args: argparse.Namespace, tokenizer) -> list[dict]:
 def measure(path: Path, args: argparse.Namespace) -> dict:
     """The losses of one checkpoint: `line` over the coefficients, `plane` over their square."""
     model = AutoModelForSequenceClassification.from_pretrained(resolve_path(str(path)))
-    batches = read_batches(args, AutoTokenizer.from_pretrained(resolve_path(str(path))))
+    names = [name.lower() for _, name in sorted(model.config.id2label.items())]
+    batches = read_batches(args, AutoTokenizer.from_pretrained(resolve_path(str(path))), names)
     directions = [filter_normalized(model, seed) for seed in (args.seed, args.seed + 1)]
     line = np.linspace(-args.extent, args.extent, args.points)
     grid = np.linspace(-args.extent, args.extent, args.grid)
@@ -83,7 +90,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoints", type=Path, nargs="+", help="folders of models")
     parser.add_argument("--train_file", help="rows, as in run_glue.py")
-    parser.add_argument("--text_column_names", nargs="+", help="its text columns")
+    parser.add_argument("--text_column_names", help="its one or two text columns, separated by a comma")
     parser.add_argument("--task_name", choices=list(TASKS), help="a GLUE task instead")
     parser.add_argument("--dataset_name_or_path", default="nyu-mll/glue", help="as in run_glue.py")
     parser.add_argument("--rows", type=int, default=128, help="training rows that the loss is taken of")

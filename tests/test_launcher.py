@@ -204,13 +204,14 @@ def test_names_that_a_notebook_already_has(monkeypatch):
     assert notebook.Tr is transformers.Trainer
 
 
-def test_trainers_made_before_are_named(caplog):
+def test_trainers_made_before_are_named():
     code = """
+import transformers
 from transformers import Trainer
 class Early(Trainer): pass
 import adasam_hf
 adasam_hf.patch()
-assert Trainer is adasam_hf.AdaSAMTrainer
+assert Trainer is transformers.Trainer is adasam_hf.AdaSAMTrainer
 """
     environment = os.environ | {"PYTHONPATH": str(ROOT), "TRANSFORMERS_VERBOSITY": "warning"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)

@@ -683,5 +683,34 @@ def test_plain_arguments_are_refused(tmp_path):
     args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
     with pytest.raises(TypeError, match="AdaSAMTrainingArguments"):
         AdaSAMTrainer(make_model("bert"), args)
-    with pytest.raises(TypeError, match="AdaSAMTrainingArguments"):
-        AdaSAMTrainer(make_model("bert"))
+
+
+def test_without_arguments_there_are_those_of_transformers(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for kind in (AdaSAMTrainer, AdaSAMSeq2SeqTrainer):
+        args = kind(make_model("bert")).args
+        assert args.output_dir == "tmp_trainer" and args.resolved_rho == 0.0
+    assert hasattr(args, "predict_with_generate")
+
+
+def test_overrides_that_would_undo_the_ascent_are_refused(build):
+    class MakesData(Sharp):
+        def _prepare_inputs(self, inputs):
+            return super()._prepare_inputs(inputs)
+
+    class Pretends(Sharp):
+        def training_step(self, model, inputs, *args, **kwargs):
+            if model is None:
+                return super().training_step(model, inputs, *args, **kwargs)
+            loss = self.compute_loss(model, self._prepare_inputs(inputs))
+            self.accelerator.backward(loss)
+            return loss.detach()
+
+    with pytest.raises(NotImplementedError, match=r"MakesData overrides _prepare_inputs"):
+        build(MakesData, make_model("bert"), optim="adasam").train()
+    with pytest.raises(RuntimeError, match=r"Pretends did not call the training_step"):
+        build(Pretends, make_model("bert"), optim="adasam").train()
+    with pytest.raises(RuntimeError, match=r"Pretends did not call the training_step"):
+        build(Pretends, make_model("bert"), optim="adasam", logging_strategy="no").train()
+    for kind in (MakesData, Pretends):
+        build(kind, make_model("bert"), optim="amsgrad").train()
