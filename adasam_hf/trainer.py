@@ -206,8 +206,8 @@ class SharpnessAwareTrainerMixin:
     def _check_climbed(self) -> None:
         if self._due:
             raise RuntimeError(
-                f"{type(self).__qualname__} did not call the training_step of SharpnessAwareTrainerMixin in a step that "
-                "was to climb; call super().training_step(...), or set sam_rho=0"
+                f"{type(self).__qualname__} did not call the training_step of SharpnessAwareTrainerMixin in a step "
+                "that was to climb; call super().training_step(...), or set sam_rho=0"
             )
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args, **kwargs) -> Tensor:
