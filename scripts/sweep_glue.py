@@ -37,7 +37,6 @@ import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, fields
-from functools import cached_property
 from pathlib import Path
 from zlib import crc32
 
@@ -87,7 +86,7 @@ class Run:
     def finished(self) -> bool:
         return self.record.exists()
 
-    @cached_property
+    @property  # not cached: a cached_property has a lock, which Ray cannot send
     def arguments(self) -> dict:
         """All arguments, as a record has them; of two runs with the same ones, one record will do."""
         model_args, data_args, args = parse_run(self.words)

@@ -425,7 +425,13 @@ def test_ctrl_c(tmp_path, tiny, glue):
     """Stops the runner and its runs at once, and no run begins anew."""
     path = real_sweep(tmp_path, tiny, choose=None)
     runs = sweep_glue.Sweep(path).finals(lambda *key: {})
-    runner = subprocess.Popen(command(path, glue("rte"), "--jobs=2"), env=environment(), start_new_session=True)
+    runner = subprocess.Popen(
+        command(path, glue("rte"), "--jobs=2"),
+        env=environment(),
+        start_new_session=True,
+        # what runs in a shell's background inherits that Ctrl-C is ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     end = time.monotonic() + SECONDS
     while not any((ROOT / run.folder / "log.txt").exists() for run in runs):
         assert runner.poll() is None and time.monotonic() < end
