@@ -69,5 +69,5 @@ def _section(trainer: Trainer, adasam: AdaSAM | None, rho: float) -> str:
     else:
         sam = "[sharpness-aware minimization](https://arxiv.org/abs/2010.01412)"
         method = f"{sam} around `{_name(trainer.args)}` at radius {rho:g}"
-    text = f"## Sharpness-aware training\n\nFine-tuned with {method}, by `adasam_hf` {__version__}.\n"
+    text = f"## Optimizer\n\nFine-tuned with {method}, by `adasam_hf` {__version__}.\n"
     return text if adasam is None else f"{text}\n```bibtex\n{CITATION}```\n"

@@ -317,7 +317,8 @@ class SharpnessAwareTrainerMixin:
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """As in Transformers, with the ``sam_*`` values beside a training loss."""
-        self._check_climbed()
+        if "loss" in logs or "train_loss" in logs:  # callbacks may log in the middle of a step
+            self._check_climbed()
         # All processes are here, as for the mean of `loss` that the Trainer has just taken.
         if any(self._radii) and ("loss" in logs or ("train_loss" in logs and self._tally.climbs)):
             values, steps = self._tally.means(self.accelerator), self._tally.steps

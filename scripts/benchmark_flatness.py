@@ -17,12 +17,11 @@ import argparse
 import itertools
 import json
 import math
-import statistics
 import time
 from pathlib import Path
 
 import torch
-from scipy.stats import t as student
+from report_glue import interval
 
 from adasam_hf import AdaSAMTrainer
 from adasam_hf.glue import run as run_module
@@ -106,14 +105,6 @@ def run(task: str, mode: str, seed: int, data: str) -> dict:
     }
 
 
-def interval(values: list[float]) -> tuple[float, float]:
-    """Mean and half the width of its 95 % confidence interval (Student's t)."""
-    if len(values) < 2:
-        return statistics.mean(values), math.nan
-    half = student.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
-    return statistics.mean(values), float(half)
-
-
 def summarize(records: list[dict]) -> dict[str, dict[str, dict]]:
     """By task and mode: mean and interval of score, gap, eigenvalue, and of the paired ratio of time to AMSGrad's."""
     out: dict[str, dict[str, dict]] = {}
@@ -124,6 +115,7 @@ def summarize(records: list[dict]) -> dict[str, dict[str, dict]]:
             if mine:
                 row = {key: interval([r[key] for r in mine]) for key in ("score", "sam_gap", "eigenvalue")}
                 row["gain"] = interval([r["score"] - base[r["seed"]]["score"] for r in mine])
+                # records of seed 1 are from before CPU time was kept
                 timed = [r for r in mine if "cpu_seconds" in r and "cpu_seconds" in base[r["seed"]]]
                 row["time"] = interval([r["cpu_seconds"] / base[r["seed"]]["cpu_seconds"] for r in timed])
                 row["seeds"] = len(mine)

@@ -384,9 +384,9 @@ def claims(with_momentum: Grid, without: Grid, sizes: Sequence[dict]) -> list[Cl
         wins = (pairs.mean(axis=1) > 0).sum()
         return verdict, f"higher on {wins} of {len(pairs)} tasks; on most in {ours:.0%} of the bootstrap's samples"
 
-    def compare(one: dict[int, float], other: dict[int, float], sign: int = 1) -> tuple[str, str]:
+    def compare(one: dict[int, float], other: dict[int, float]) -> tuple[str, str]:
         found = Difference.between(one, other)
-        return found.verdict(sign), str(found) if found.values else "no pairs of runs"
+        return found.verdict(), str(found) if found.values else "no pairs of runs"
 
     out.append(
         Claim("AdaSAM is better than AMSGrad on most tasks", f"{read}; 6 of 8: {remembered}", *most(with_momentum))

@@ -389,9 +389,6 @@ class Ray:
         for name, wanted in (("CPU", cpus), ("GPU", gpus)):
             if wanted > resources.get(name, 0):
                 raise ValueError(f"the cluster has {resources.get(name, 0):g} {name}s, a run is to have {wanted:g}")
-        self.jobs = max(
-            1, int(min(resources[name] / wanted for name, wanted in (("CPU", cpus), ("GPU", gpus)) if wanted))
-        )
 
         @ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)
         def remote(run: Run, machine: list[str], root: str, threads: int) -> dict:

@@ -12,6 +12,7 @@ from PIL import Image
 from transformers import GPT2Config, GPT2LMHeadModel, ResNetConfig, ResNetForImageClassification, T5Config
 from transformers import T5ForConditionalGeneration as T5
 
+from adasam_hf import SharpnessAwareTrainerMixin
 from adasam_hf.glue.data import resolve_path
 
 ROOT = Path(__file__).parent.parent
@@ -91,7 +92,10 @@ def test_summarization(example, lines, tiny, tmp_path):
     model = with_tokenizer(T5(T5Config(**sizes, decoder_start_token_id=0)), tiny, tmp_path / "t5")
     rows = [{"text": s, "summary": s.split()[0]} for s in SENTENCES]
     files = [f"--train_file={lines('train', rows)}", f"--validation_file={lines('dev', rows[:4])}"]
-    example("summarization", model, "--predict_with_generate", "--max_target_length=8", *files)
+    trainer = example("summarization", model, "--predict_with_generate", "--max_target_length=8", *files)
+    lengths = {len(row["labels"]) for row in trainer.train_dataset}
+    assert lengths == {3}  # one word between the tokenizer's two marks
+    assert trainer.predict(trainer.eval_dataset, max_length=8).predictions.shape[0] == 4  # generated
 
 
 def test_causal_lm_lora(example, lines, tiny, tmp_path):
@@ -122,7 +126,10 @@ def test_image_classification(example, tmp_path):
 
 
 def test_sentence_embeddings(example, lines):
-    pytest.importorskip("sentence_transformers")
+    pytest.importorskip("sentence_transformers", reason="sentence-transformers, of the extra `test`, is not installed")
+    from sentence_transformers import SentenceTransformerTrainer
+
     rows = [{"sentence1": s, "sentence2": SENTENCES[i - 1], "score": 0.5} for i, s in enumerate(SENTENCES)]
     words = [f"--model_name_or_path={resolve_path(MINILM)}", f"--train_file={lines('train', rows)}"]
-    example("sentence_embeddings", *words)
+    trainer = example("sentence_embeddings", *words)
+    assert isinstance(trainer, SharpnessAwareTrainerMixin) and isinstance(trainer, SentenceTransformerTrainer)

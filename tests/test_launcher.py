@@ -156,14 +156,14 @@ def test_two_processes(tiny, out, launcher):
 
 
 def test_trl(out):
-    pytest.importorskip("trl")
+    pytest.importorskip("trl", reason="trl, of the extra `test`, is not installed")
     done = launch("sft", resolve_path(MINILM), *training(out, "--max_length=32"))
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(logs(done.stdout)) == 4 and all("'sam_gap'" in entry for entry in logs(done.stdout))
 
 
 def test_sentence_transformers(out):
-    pytest.importorskip("sentence_transformers")
+    pytest.importorskip("sentence_transformers", reason="sentence-transformers, of the extra `test`, is not installed")
     done = launch("embed", resolve_path(MINILM), *training(out))
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(logs(done.stdout)) == 4 and all("'sam_gap'" in entry for entry in logs(done.stdout))

@@ -327,3 +327,18 @@ def test_checkpoint_of_another_optimizer_is_refused(amsgrad):
 @pytest.mark.filterwarnings("error")
 def test_no_warnings():
     assert distance(run_optimizer(torch.float32), run_oracle()) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize(("beta2", "highest"), [(0.98, 1.5), (0.999, 6.6)])
+def test_how_far_the_first_steps_go_without_warm_up(beta2, highest):
+    """In units of the rate, under a constant gradient: what the README says of warm-up."""
+    w = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    optimizer = AdaSAM([w], lr=1.0, betas=(0.9, beta2), eps=1e-12, rho=0.0)
+    moves = []
+    for _ in range(100):
+        before = w.item()
+        w.grad = torch.ones_like(w)
+        optimizer.step()
+        moves.append(before - w.item())
+    assert max(moves) == pytest.approx(highest, abs=0.06)
+    assert moves[0] == pytest.approx(0.1 / (1 - beta2) ** 0.5)

@@ -712,5 +712,13 @@ def test_overrides_that_would_undo_the_ascent_are_refused(build):
         build(Pretends, make_model("bert"), optim="adasam").train()
     with pytest.raises(RuntimeError, match=r"Pretends did not call the training_step"):
         build(Pretends, make_model("bert"), optim="adasam", logging_strategy="no").train()
+
+    class Talks(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            trainer.log({"begun": state.global_step})
+
+    trainer = build(Sharp, make_model("bert"), optim="adasam", callbacks=[Talks()])
+    trainer.train()  # logging before a step's first pass is no fault
+    assert sum("begun" in entry for entry in trainer.state.log_history) == trainer.state.global_step
     for kind in (MakesData, Pretends):
         build(kind, make_model("bert"), optim="amsgrad").train()
