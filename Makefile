@@ -9,7 +9,7 @@ quickstart: $(VENV)/quickstart
 	$(VENV)/bin/python scripts/quickstart.py $(ARGS)
 
 test: $(VENV)/test
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n 2 $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n 2 --dist worksteal $(ARGS)
 
 lint: $(VENV)/test
 	$(VENV)/bin/ruff check .
