@@ -14,6 +14,7 @@ test: $(VENV)/test
 lint: $(VENV)/test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
 
 $(VENV)/%: setup.cfg constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -1,4 +1,4 @@
-"""Writes the README's compatibility table from the outcomes of the tests that carry the marker `compat`.
+"""Writes the table of docs/compatibility.md from the outcomes of the tests that carry the marker `compat`.
 
 python scripts/compatibility.py            runs those tests (about ten minutes on two cores), then writes
 python scripts/compatibility.py FILE       reads what `pytest --compat FILE` wrote
@@ -70,23 +70,23 @@ def render(tests: list[dict]) -> str:
             cells = [cell(common + [test for test in shown if test["scope"] == scope]) for scope in SCOPES]
             counts.update(set(cells))
             names = sorted({test["test"].split("[")[0] for test in shown})
-            files = ", ".join(f"[`{n.split('::')[-1]}`]({n.split('::')[0]})" for n in names)
+            files = ", ".join(f"`{name.removeprefix('tests/')}`" for name in names)
             table.append(f"| {what} | {cells[0]} | {cells[1]} | {files} |")
         some = ", ".join(f"{counts[k]} {label}" for k, label in (("works", "work"), (REFUSED, "refused")) if counts[k])
-        lines += ["", f"<details><summary>{group}: of {len(table)} rows {some}</summary>", ""]
+        lines += ["", f"<details markdown='1'><summary>{group}: of {len(table)} rows {some}</summary>", ""]
         lines += ["| | scope `batch` | scope `microbatch` | shown by |", "|---|---|---|---|", *table, "", "</details>"]
     versions = f"torch {torch.__version__.split('+')[0]}, transformers {transformers.__version__}"
     total = f"{len({test['test'] for test in tests})} tests, on two CPU cores, {versions}, accelerate"
     return "\n".join([f"{total} {accelerate.__version__}.", *lines, ""])
 
 
-def write(readme: Path, table: str) -> None:
+def write(page: Path, table: str) -> None:
     """Put the table between its two marks."""
-    before, rest = readme.read_text(encoding="utf-8").split(BEGIN)
+    before, rest = page.read_text(encoding="utf-8").split(BEGIN)
     after = rest.split(END)[1]
-    readme.write_text(before + BEGIN + "\n" + table + "\n" + END + after, encoding="utf-8")
+    page.write_text(before + BEGIN + "\n" + table + "\n" + END + after, encoding="utf-8")
 
 
 if __name__ == "__main__":
     results = json.loads(Path(sys.argv[1]).read_text()) if len(sys.argv) > 1 else run_tests()
-    write(ROOT / "README.md", render(results))
+    write(ROOT / "docs" / "compatibility.md", render(results))
