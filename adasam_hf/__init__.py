@@ -1,8 +1,13 @@
 """AdaSAM (arXiv:2303.00565) for the Hugging Face Trainer. Names are loaded when they are first used."""
 
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+try:
+    __version__ = version(__name__)
+except PackageNotFoundError:  # run from a clone that is not installed
+    __version__ = "0.0.0"
 
 _HOME = {
     "AdaSAM": "optim",
@@ -15,14 +20,36 @@ _HOME = {
     "SharpnessAwareTrainerMixin": "trainer",
     "patch": "patching",
 }
-__all__ = [*_HOME, "__version__"]
+__all__ = [
+    "AdaSAM",
+    "AdaSAMSeq2SeqTrainer",
+    "AdaSAMSeq2SeqTrainingArguments",
+    "AdaSAMTrainer",
+    "AdaSAMTrainingArguments",
+    "Perturbation",
+    "SharpnessAwareArgumentsMixin",
+    "SharpnessAwareTrainerMixin",
+    "__version__",
+    "patch",
+]
+
+if TYPE_CHECKING:  # type checkers do not execute the function below
+    from .optim import AdaSAM
+    from .patching import patch
+    from .perturbation import Perturbation
+    from .trainer import AdaSAMSeq2SeqTrainer, AdaSAMTrainer, SharpnessAwareTrainerMixin
+    from .training_args import (
+        AdaSAMSeq2SeqTrainingArguments,
+        AdaSAMTrainingArguments,
+        SharpnessAwareArgumentsMixin,
+    )
+else:
+
+    def __getattr__(name: str):
+        if name in _HOME:
+            return getattr(import_module(f".{_HOME[name]}", __name__), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def __getattr__(name: str):
-    if name in _HOME:
-        return getattr(import_module(f".{_HOME[name]}", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__():
+def __dir__() -> list[str]:
     return sorted(__all__)

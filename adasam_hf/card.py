@@ -1,14 +1,18 @@
 """What a model card says of the optimizer, the ascent and their source."""
 
-import re
+from __future__ import annotations
 
-from transformers import Trainer
+import re
+from typing import TYPE_CHECKING
 
 from . import __version__
 from .distributed import climbs_locally
 from .optim import AdaSAM
 from .schedule import Schedule
-from .training_args import SGD_NAMES
+from .training_args import SGD_NAMES, SharpnessAwareArgumentsMixin
+
+if TYPE_CHECKING:
+    from .trainer import SharpnessAwareTrainerMixin
 
 CITATION = """@article{sun2024adasam,
   title   = {{AdaSAM}: Boosting Sharpness-Aware Minimization with Adaptive Learning Rate and Momentum for Training Deep
@@ -23,7 +27,7 @@ CITATION = """@article{sun2024adasam,
 """
 
 
-def rewrite(text: str, trainer: Trainer, adasam: AdaSAM | None, rho: float) -> str:
+def rewrite(text: str, trainer: SharpnessAwareTrainerMixin, adasam: AdaSAM | None, rho: float) -> str:
     """The card that Transformers wrote, with the entries that it cannot know and, if the run used AdaSAM or an ascent,
     a section on them with the paper and its citation."""
     entries = "".join(f"- {key}: {value}\n" for key, value in _entries(trainer, adasam, rho).items())
@@ -34,11 +38,11 @@ def rewrite(text: str, trainer: Trainer, adasam: AdaSAM | None, rho: float) -> s
     return f"{text.rstrip()}\n\n{_section(trainer, adasam, rho)}"
 
 
-def _name(args) -> str:
+def _name(args: SharpnessAwareArgumentsMixin) -> str:
     return str(getattr(args.optim, "value", args.optim))
 
 
-def _entries(trainer: Trainer, adasam: AdaSAM | None, rho: float) -> dict[str, object]:
+def _entries(trainer: SharpnessAwareTrainerMixin, adasam: AdaSAM | None, rho: float) -> dict[str, object]:
     args = trainer.args
     if adasam is not None:
         group = adasam.param_groups[0]
@@ -47,7 +51,7 @@ def _entries(trainer: Trainer, adasam: AdaSAM | None, rho: float) -> dict[str, o
         how = f"SGD with momentum={args.sgd_momentum}"
     else:
         how = f"betas={args.resolved_betas}, epsilon={args.resolved_epsilon}, optimizer_args={args.optim_args}"
-    entries = {"optimizer": f"{_name(args)} ({how})", "sam_rho": rho}
+    entries: dict[str, object] = {"optimizer": f"{_name(args)} ({how})", "sam_rho": rho}
     if rho > 0:
         entries |= {"sam_scope": args.sam_scope, "sam_dropout": args.sam_dropout}
         if args.world_size > 1:
@@ -61,7 +65,7 @@ def _entries(trainer: Trainer, adasam: AdaSAM | None, rho: float) -> dict[str, o
     return entries
 
 
-def _section(trainer: Trainer, adasam: AdaSAM | None, rho: float) -> str:
+def _section(trainer: SharpnessAwareTrainerMixin, adasam: AdaSAM | None, rho: float) -> str:
     if rho == 0:
         method = "AMSGrad, which is [AdaSAM](https://arxiv.org/abs/2303.00565) at radius 0"
     elif adasam is not None:

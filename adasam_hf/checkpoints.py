@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from transformers.utils import logging
@@ -18,14 +19,14 @@ _TRAINING_STATE = {
 }
 
 
-def last_complete(folder) -> str | None:
+def last_complete(folder: str | Path) -> str | None:
     """The newest ``checkpoint-N`` in `folder` that was saved to its end, or None. Warns of newer ones that were not.
 
     (Transformers' `get_last_checkpoint` takes the newest folder as it is.)
     """
     names = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in Path(folder).glob("checkpoint-*")}
     steps = {path: int(name[1]) for path, name in names.items() if name and path.is_dir()}
-    for path in sorted(steps, key=steps.get, reverse=True):
+    for path in sorted(steps, key=steps.__getitem__, reverse=True):
         fault = _fault(path)
         if fault is None:
             return str(path)
@@ -36,7 +37,7 @@ def last_complete(folder) -> str | None:
 def _fault(checkpoint: Path) -> str | None:
     """What shows that `checkpoint` is partial, or None."""
 
-    def found(patterns) -> list[Path]:
+    def found(patterns: Iterable[str]) -> list[Path]:
         return [path for pattern in patterns for path in checkpoint.glob(pattern)]
 
     if found(["checkpoint-is-incomplete.txt"]):  # Transformers' mark with `enable_jit_checkpoint`
@@ -53,6 +54,6 @@ def _fault(checkpoint: Path) -> str | None:
     if empty := {path.name for paths in parts.values() for path in paths if path.is_file() and not path.stat().st_size}:
         return f"nothing in {', '.join(sorted(empty))}"
     ranks = {int(rank[1]) for path in parts["random state"] if (rank := re.search(r"_(\d+)$", path.stem))}
-    if missing := set(range(max(ranks, default=0))) - ranks:
-        return f"no random state of process {', '.join(map(str, sorted(missing)))}"
+    if lost := set(range(max(ranks, default=0))) - ranks:
+        return f"no random state of process {', '.join(map(str, sorted(lost)))}"
     return None

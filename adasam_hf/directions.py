@@ -1,9 +1,11 @@
 """Along what the weights climb. A new direction is one class here and its name at the end."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from typing import Literal
 
 from torch import Tensor
+from torch.optim import Optimizer
 
 
 class Direction(ABC):
@@ -17,7 +19,7 @@ class Direction(ABC):
     first_pass: bool
     sign = 1.0
 
-    def __init__(self, optimizer):
+    def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
 
     @abstractmethod
@@ -55,11 +57,11 @@ class Last(Direction):
 
     first_pass = False
 
-    def __init__(self, optimizer):
+    def __init__(self, optimizer: Optimizer) -> None:
         super().__init__(optimizer)
         self.gradients: dict[Tensor, Tensor] = {}
 
-    def remember(self, params) -> None:
+    def remember(self, params: Iterable[Tensor]) -> None:
         """Copy the gradients; DistributedDataParallel may go on using their memory."""
         self.gradients = {p: p.grad.detach().clone() for p in params if p.grad is not None}
 

@@ -1,25 +1,31 @@
 """Which ways of spreading a run over devices the two-pass step supports. What is not shown to work is refused."""
 
+from __future__ import annotations
+
 from collections.abc import Collection
 from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from accelerate.utils import DistributedType
 from torch import nn
-from transformers import Trainer
+
+if TYPE_CHECKING:
+    from .trainer import SharpnessAwareTrainerMixin
+    from .training_args import SharpnessAwareArgumentsMixin
 
 _DDP = "use DistributedDataParallel (torchrun), or FSDP2 if the model is too large for it"
 # One process, and the kinds that Accelerate wraps in DistributedDataParallel.
 _REPLICATED = {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU}
 
 
-def climbs_locally(trainer: Trainer) -> bool:
+def climbs_locally(trainer: SharpnessAwareTrainerMixin) -> bool:
     """Whether each process climbs its own gradient, so that the ascent's needs no averaging."""
     return trainer.args.sam_scope == "microbatch" or not trainer.args.sam_sync
 
 
-def unsynced(trainer: Trainer, model: nn.Module) -> AbstractContextManager:
+def unsynced(trainer: SharpnessAwareTrainerMixin, model: nn.Module) -> AbstractContextManager:
     """Inside it backward leaves gradients on their process, as during accumulation.
 
     As there, Accelerate's ``sync_each_batch`` (less memory with FSDP2, more traffic) has the last word.
@@ -45,7 +51,7 @@ def average_gradients(params: Collection[nn.Parameter]) -> None:
             p.grad = mean.view_as(p)
 
 
-def _obstacle(trainer: Trainer) -> tuple[str, str] | None:
+def _obstacle(trainer: SharpnessAwareTrainerMixin) -> tuple[str, str] | None:
     """(what stands in the way, what to do instead), or None."""
     args, accelerator = trainer.args, trainer.accelerator
     kind = accelerator.distributed_type
@@ -90,12 +96,12 @@ def _obstacle(trainer: Trainer) -> tuple[str, str] | None:
     return None
 
 
-def _checkpoints_reentrantly(args) -> bool:
-    kwargs = getattr(args, "activation_checkpointing_kwargs", None) or args.gradient_checkpointing_kwargs
+def _checkpoints_reentrantly(args: SharpnessAwareArgumentsMixin) -> bool:
+    kwargs: Any = getattr(args, "activation_checkpointing_kwargs", None) or args.gradient_checkpointing_kwargs
     return bool(kwargs and kwargs.get("use_reentrant"))
 
 
-def refuse_unsupported(trainer: Trainer) -> None:
+def refuse_unsupported(trainer: SharpnessAwareTrainerMixin) -> None:
     """Raise NotImplementedError if a sharpness-aware `trainer` runs on something that is not supported."""
     if obstacle := _obstacle(trainer):
         problem, remedy = obstacle

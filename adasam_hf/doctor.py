@@ -1,15 +1,21 @@
 """What the trainer tells its user: what it will do, and what looks wrong while it does it."""
 
+from __future__ import annotations
+
 import math
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from transformers import Trainer
 from transformers.utils import logging
 
 from .distributed import climbs_locally
 from .perturbation import local
+
+if TYPE_CHECKING:
+    from .trainer import SharpnessAwareTrainerMixin
+    from .training_args import SharpnessAwareArgumentsMixin
 
 logger = logging.get_logger(__name__)
 
@@ -20,7 +26,7 @@ _STUCK = 0.98  # of the mean loss of the first stretch
 _STEEP = 0.05  # of the loss
 
 
-def describe(trainer: Trainer, radii: list[float], chosen: list[nn.Parameter] | None = None) -> str:
+def describe(trainer: SharpnessAwareTrainerMixin, radii: list[float], chosen: list[nn.Parameter] | None = None) -> str:
     """One line: radius, scope, parameters, processes, precision, extra memory and compute.
 
     Args:
@@ -49,7 +55,7 @@ def describe(trainer: Trainer, radii: list[float], chosen: list[nn.Parameter] | 
     )
 
 
-def _how(args, rho: float) -> str:
+def _how(args: SharpnessAwareArgumentsMixin, rho: float) -> str:
     schedule, k = args.sam_schedule, args.gradient_accumulation_steps
     over = "the whole optimizer step" if args.sam_scope == "batch" else "each micro-batch by itself"
     parts = [f"sam_rho={rho:g}", f"sam_scope={args.sam_scope} ({over}, {k} micro-batch{'es' if k > 1 else ''})"]
@@ -64,7 +70,7 @@ def _how(args, rho: float) -> str:
     return ", ".join(parts)
 
 
-def _processes(trainer: Trainer) -> str:
+def _processes(trainer: SharpnessAwareTrainerMixin) -> str:
     size = trainer.args.world_size
     if size == 1:
         return "1 process"
@@ -72,13 +78,13 @@ def _processes(trainer: Trainer) -> str:
     return f"{size} processes ({trainer.accelerator.distributed_type.value}), {who}"
 
 
-def _precision(trainer: Trainer, moving: list[nn.Parameter]) -> str:
+def _precision(trainer: SharpnessAwareTrainerMixin, moving: list[nn.Parameter]) -> str:
     dtypes = "/".join(sorted({str(p.dtype).removeprefix("torch.") for p in moving}))
     autocast = trainer.accelerator.mixed_precision
     return f"{dtypes} weights" + (f", {autocast} autocast" if autocast != "no" else "")
 
 
-def _passes(args) -> str:
+def _passes(args: SharpnessAwareArgumentsMixin) -> str:
     if args.resolved_direction != "gradient":
         return f"along the {args.resolved_direction}: 1 forward/backward pass per micro-batch, as ever"
     first = []
@@ -92,7 +98,7 @@ def _passes(args) -> str:
 class Tally:
     """What is logged of the steps since the last entry: sums, kept on the device."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.steps = 0  # that climbed after a first pass
         self.climbs = 0
         self.clean_loss: float | Tensor = 0.0
@@ -112,7 +118,7 @@ class Tally:
 
     def means(self, accelerator: Accelerator) -> dict[str, float]:
         """Means over steps and processes. Every process must be here."""
-        values = {}
+        values: dict[str, Any] = {}
         if self.steps and self.norm is not None:
             gap = self.sam_loss - self.clean_loss
             values = {"sam_loss": self.sam_loss / self.steps, "sam_gap": gap / self.steps, "sam_grad_norm": self.norm}
@@ -136,7 +142,7 @@ class Watch:
         rho: the radius of the arguments, before any schedule.
     """
 
-    def __init__(self, rho: float):
+    def __init__(self, rho: float) -> None:
         self._rho = rho
         self._highest = 0.0
         self._steps_far = 0

@@ -3,14 +3,17 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import cached_property
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
 from torch.optim.adam import adam
-from torch.optim.optimizer import Optimizer
+from torch.optim.optimizer import Optimizer, ParamsT
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
 from .perturbation import Perturbation, check_radius, local
+
+Loss = TypeVar("Loss", Tensor, float)
 
 STATE_KEYS = {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"}
 
@@ -77,7 +80,7 @@ class AdaSAM(Optimizer):
 
     def __init__(
         self,
-        params,
+        params: ParamsT,
         lr: float | Tensor = 1e-5,
         betas: tuple[float, float] = (0.9, 0.98),
         eps: float = 1e-6,
@@ -86,7 +89,7 @@ class AdaSAM(Optimizer):
         *,
         foreach: bool | None = None,
         fused: bool | None = None,
-    ):
+    ) -> None:
         if foreach and fused:
             raise ValueError("foreach=True and fused=True exclude each other; set at most one")
         super().__init__(
@@ -106,7 +109,7 @@ class AdaSAM(Optimizer):
     def _perturbation(self) -> Perturbation:
         return Perturbation(self)  # outside `state`, and rebuilt after unpickling
 
-    def add_param_group(self, param_group: dict) -> None:
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch, with the group's values checked."""
         _check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
@@ -137,8 +140,12 @@ class AdaSAM(Optimizer):
     def _radii(self) -> list[float]:
         return [group["rho"] for group in self.param_groups]
 
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], Loss]) -> Loss: ...
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+    def step(self, closure: Callable[[], Loss] | None = None) -> Loss | None:
         """Update the weights from the gradients in ``.grad``.
 
         Args:
@@ -195,6 +202,7 @@ class AdaSAM(Optimizer):
         torch._foreach_add_([s["step"] for s in states], 1)
 
     def _init_state(self, p: Tensor, eps: float) -> None:
+        assert p.grad is not None  # `_update` leaves the others out
         if p.grad.is_sparse:
             raise RuntimeError("AdaSAM does not support sparse gradients; use nn.Embedding(..., sparse=False)")
         self.state[p] = {
@@ -204,7 +212,7 @@ class AdaSAM(Optimizer):
             "max_exp_avg_sq": torch.full_like(p, eps**2, memory_format=torch.preserve_format),
         }
 
-    def load_state_dict(self, state_dict: dict) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch, after checking that AdaSAM wrote it.
 
         Raises:

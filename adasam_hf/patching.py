@@ -47,7 +47,7 @@ class patch:
     the default of every optimizer but adasam and sam, is the stock run.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._changed: list[tuple[ModuleType, str, type]] = []
         modules = [module for name in MODULES if (module := sys.modules.get(name)) is not None]
         # Transformers executes itself a second time while it is imported; who came first holds another module object.
@@ -76,13 +76,14 @@ class patch:
     def __enter__(self) -> "patch":
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.undo()
 
 
 def _plain_subclasses() -> set[str]:
     """Trainers of other libraries that are based on the original classes."""
-    found, queue = set(), [Trainer, Seq2SeqTrainer]
+    found: set[str] = set()
+    queue: list[type[Trainer]] = [Trainer, Seq2SeqTrainer]
     while queue:
         for cls in queue.pop().__subclasses__():
             if issubclass(cls, SharpnessAwareTrainerMixin):

@@ -4,11 +4,12 @@ Knows tensors and parameter groups only: no closure, no Trainer, no update rule.
 """
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 from torch.optim.sgd import sgd
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
@@ -17,7 +18,7 @@ from .directions import Direction, Gradient
 if torch.distributed.is_available():
     from torch.distributed.tensor import DTensor, Partial, Replicate
 else:
-    DTensor = ()  # of which nothing is an instance
+    DTensor = ()  # type: ignore[assignment, misc]  # of which nothing is an instance
 
 HALF = (torch.float16, torch.bfloat16)
 ASAM_ETA = 0.01  # of the ASAM paper: weights near 0 are to move, too
@@ -94,7 +95,7 @@ class Perturbation:
         only: the parameters that may climb and that count in the norm; None for all.
     """
 
-    def __init__(self, optimizer, only: Collection[Tensor] | None = None):
+    def __init__(self, optimizer: Optimizer, only: Collection[Tensor] | None = None) -> None:
         self.optimizer = optimizer
         self.only = None if only is None else set(only)
         self._buffers: dict[Tensor, Tensor] = {}
@@ -144,6 +145,7 @@ class Perturbation:
             for p in group["params"]
             if (self.only is None or p in self.only) and (vector := direction(p)) is not None
         ]
+        vectors: list[Tensor] | tuple[Tensor, ...]
         params, vectors, radii = map(list, zip(*found, strict=True)) if found else ([], [], [])
         if not params:
             if direction.first_pass:
@@ -228,7 +230,8 @@ def _climb(params: list[Tensor], gradients: list[Tensor], rho: float, norm: Tens
         # weights alone where found_inf is set (a zero scale would not: 0 · inf is NaN).
         rate = -scale if norm.device.type == "cpu" else -scale.float()  # the others read a float32
         sgd(
-            params, gradients, [None] * len(params), fused=True, found_inf=blocked.float(), lr=rate,
+            params, gradients, [None] * len(params), fused=True, found_inf=blocked.float(),
+            lr=rate,  # type: ignore[arg-type]  # the fused kernel reads a tensor
             weight_decay=0.0, momentum=0.0, dampening=0.0, nesterov=False, maximize=False,
         )  # fmt: skip
     else:
@@ -237,7 +240,7 @@ def _climb(params: list[Tensor], gradients: list[Tensor], rho: float, norm: Tens
             p.add_(torch.where(blocked.to(p.device), 0, g) * scale.to(p.device))
 
 
-def _applied(shards: dict[float, tuple[list[Tensor], ...]], sign: float, norm: Tensor) -> Tensor:
+def _applied(shards: Mapping[float, tuple[list[Tensor], ...]], sign: float, norm: Tensor) -> Tensor:
     """⟨δ', δ⟩/‖δ‖² with δ' = what the parameters moved by and δ = radius · vector / norm."""
     wide = torch.float64 if norm.device.type == "cpu" else torch.float32
     moved = wanted = torch.zeros((), dtype=wide, device=norm.device)

@@ -7,7 +7,7 @@ and from NumPy; the model files of Transformers use all of them.
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,11 +19,11 @@ class RandomState(NamedTuple):
 
     host: Tensor
     device: Tensor | None
-    python: tuple
-    numpy: tuple
+    python: tuple[Any, ...]
+    numpy: dict[str, Any] | tuple[Any, ...]
 
 
-def _device_module():
+def _device_module() -> Any:
     """The module of the current accelerator, if it has been used; asking must not initialize it."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if accelerator is None:

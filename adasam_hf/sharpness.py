@@ -3,12 +3,13 @@
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import nn
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from . import rng
 from .perturbation import Perturbation
@@ -221,16 +222,21 @@ class SharpnessCallback(TrainerCallback):
         eigenvalue: whether to measure the Hessian's largest eigenvalue, too.
     """
 
-    def __init__(self, trainer: Trainer, radii: Sequence[float] = (0.05,), batches: int = 4, eigenvalue: bool = False):
+    def __init__(
+        self, trainer: Trainer, radii: Sequence[float] = (0.05,), batches: int = 4, eigenvalue: bool = False
+    ) -> None:
         if not radii or not all(rho > 0 for rho in radii) or batches < 1:
             raise ValueError(f"radii={radii!r} must be some numbers > 0, and batches={batches!r} at least 1")
         self.trainer, self.radii, self.count, self.eigenvalue = trainer, tuple(radii), batches, eigenvalue
 
-    def on_evaluate(self, args, state, control, model, **kwargs) -> None:
+    def on_evaluate(  # type: ignore[override]  # Transformers passes the model by its name
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
         """Measure and log."""
         gradients = {p: p.grad for p in model.parameters()}
         with rng.replay(rng.capture()):  # even to begin a loader draws a number
-            loader = self.trainer.get_test_dataloader(self.trainer.train_dataset)  # in order, and never cached
+            # in order, and never cached; a trainer that trains has a training set
+            loader = self.trainer.get_test_dataloader(self.trainer.train_dataset)  # type: ignore[arg-type]
             batches = [self.trainer._prepare_inputs(batch) for batch in itertools.islice(loader, self.count)]
             values = {f"sharpness/gap_{rho:g}": sam_gap(model, batches, rho) for rho in self.radii}
             if self.eigenvalue:

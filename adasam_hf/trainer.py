@@ -3,12 +3,13 @@
 import inspect
 import os
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
-from transformers import Seq2SeqTrainer, Trainer
+from transformers import PreTrainedModel, Seq2SeqTrainer, Trainer
+from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
 from . import card, doctor, rng, running_stats
@@ -27,8 +28,13 @@ from .training_args import (
 
 logger = logging.get_logger(__name__)
 
+if TYPE_CHECKING:
+    _Base = Trainer  # or a class of it, behind the mixin
+else:
+    _Base = object
 
-class SharpnessAwareTrainerMixin:
+
+class SharpnessAwareTrainerMixin(_Base):
     r"""Makes a `Trainer` class sharpness-aware; combine it in front::
 
         class MyAdaSAMTrainer(SharpnessAwareTrainerMixin, MyTrainer): ...
@@ -62,9 +68,22 @@ class SharpnessAwareTrainerMixin:
         NotImplementedError: before training, where the two-pass step is not shown to be right.
     """
 
-    _default_arguments = AdaSAMTrainingArguments
+    args: SharpnessAwareArgumentsMixin
+    # These are None only in a Trainer that has not begun.
+    model: PreTrainedModel | nn.Module
+    optimizer: torch.optim.Optimizer
 
-    def __init__(self, model=None, args=None, *more, **kwargs):
+    _default_arguments: type[SharpnessAwareArgumentsMixin] = AdaSAMTrainingArguments
+    _passes: list[tuple[dict[str, Any], rng.RandomState]]
+    _carry: dict[nn.Parameter, Tensor]
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module | None = None,
+        args: SharpnessAwareArgumentsMixin | None = None,
+        *more: Any,
+        **kwargs: Any,
+    ) -> None:
         if args is None:
             args = self._default_arguments("tmp_trainer")  # as in Transformers
         if not isinstance(args, SharpnessAwareArgumentsMixin):
@@ -87,11 +106,13 @@ class SharpnessAwareTrainerMixin:
     # ---- the optimizer and the radius ----
 
     @classmethod  # static in Transformers; only so can it go on to the class that it is combined with
-    def get_optimizer_cls_and_kwargs(cls, args, model=None) -> tuple[Any, dict[str, Any]]:
+    def get_optimizer_cls_and_kwargs(  # type: ignore[override]  # with the arguments that __init__ insists on
+        cls, args: SharpnessAwareArgumentsMixin, model: PreTrainedModel | None = None
+    ) -> tuple[Any, dict[str, Any]]:
         """As in Transformers, with the names of this package. (A plain Trainer does not know them and fails.)"""
         return args.own_optimizer() or super().get_optimizer_cls_and_kwargs(args.stock(), model)
 
-    def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """As in Transformers; refuses what is not supported before anything is wrapped or trained."""
         optimizer = super().create_optimizer(*args, **kwargs)
         if any(self._resolve_radii()):
@@ -165,9 +186,14 @@ class SharpnessAwareTrainerMixin:
         lr_share = float(group["lr"]) / (group.get("initial_lr") or self.args.learning_rate or 1.0)
         self._rho_share = schedule.factor(step, total, lr_share)
 
+    @property
+    def _has_first_pass(self) -> bool:
+        """Whether the coming step climbs along what a pass of its own finds."""
+        return bool(self._rho_share and self._direction is not None and self._direction.first_pass)
+
     def _check_momentum(self) -> None:
         params = [p for group in self.optimizer.param_groups for p in group["params"]]
-        if all(self._direction(p) is None for p in params):
+        if all(self._own_direction(p) is None for p in params):
             raise RuntimeError(
                 "sam_direction='momentum': after an update the optimizer keeps no first moment; choose one that does "
                 "(adasam, adamw_torch, sam with sgd_momentum above 0), or sam_direction='gradient'"
@@ -175,7 +201,7 @@ class SharpnessAwareTrainerMixin:
 
     # ---- the two passes ----
 
-    def _inner_training_loop(self, *args, **kwargs):
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> TrainOutput:
         self._perturbation = None
         try:
             return super()._inner_training_loop(*args, **kwargs)
@@ -186,7 +212,7 @@ class SharpnessAwareTrainerMixin:
             self._window_size, self._due = 0, False
             self._forget_window()
 
-    def get_batch_samples(self, *args, **kwargs):
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Tensor | int | None]:
         """As in Transformers; notes how many micro-batches make up the coming optimizer step."""
         if self._perturbation is None:
             self._start_perturbing()
@@ -197,7 +223,7 @@ class SharpnessAwareTrainerMixin:
         self._plan_step()
         # An unsized dataset that has run out goes on to give windows without a micro-batch.
         self._due = bool(samples and self._rho_share)
-        self._tally.steps += bool(samples and self._rho_share and self._direction.first_pass)
+        self._tally.steps += bool(samples and self._has_first_pass)
         if (share := self.args.resolved_ascent_fraction) < 1 and self._rho_share:
             rows = [take_rows(batch, share) for batch in samples]
             self._ascent_items = self._get_num_items_in_batch(rows, self.args.device)
@@ -210,7 +236,7 @@ class SharpnessAwareTrainerMixin:
                 "that was to climb; call super().training_step(...), or set sam_rho=0"
             )
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args, **kwargs) -> Tensor:
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """The double forward/backward (see the class). Returns the loss at w, as the stock step does.
 
         (Of the ascent's rows, if `sam_ascent_fraction` is below 1; at w + δ, if the direction needs no first pass.)
@@ -222,7 +248,8 @@ class SharpnessAwareTrainerMixin:
         self._due = False
         if not self._rho_share:
             return super().training_step(model, inputs, *args, **kwargs)
-        if not self._direction.first_pass:
+        if not self._has_first_pass:
+            assert self._perturbation is not None  # since `_start_perturbing`
             with self._perturbed():
                 loss = super().training_step(model, inputs, *args, **kwargs)
             self._tally.climbed(max(self._radii) * self._rho_share, self._perturbation.applied)
@@ -237,7 +264,7 @@ class SharpnessAwareTrainerMixin:
             self._descent_passes(model, *args, **kwargs)
         return loss
 
-    def _ascent_pass(self, model: nn.Module, inputs: dict[str, Any], *args, **kwargs) -> Tensor:
+    def _ascent_pass(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """The stock step at w, on the rows and for the parameters that the ascent looks at. Returns its loss."""
         self._passes.append((inputs, rng.capture()))
         if (share := self.args.resolved_ascent_fraction) < 1:
@@ -253,7 +280,7 @@ class SharpnessAwareTrainerMixin:
         self._tally.clean_loss += loss
         return loss
 
-    def _descent_passes(self, model: nn.Module, *args, **kwargs) -> None:
+    def _descent_passes(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         """Climb, take the stock step at w + δ for each micro-batch of the window, and restore w."""
         passes, carry = self._passes, self._carry
         self._forget_window()
@@ -276,19 +303,21 @@ class SharpnessAwareTrainerMixin:
                     self._tally.sam_loss += super().training_step(model, micro_batch, *args, **kwargs)
         if (scaler := self.accelerator.scaler) is not None:
             norm = norm / scaler.scale(torch.ones_like(norm))
+        assert self._perturbation is not None  # since `_start_perturbing`
         self._tally.climbed(max(self._radii) * self._rho_share, self._perturbation.applied, norm)
 
     def _perturbed(self) -> AbstractContextManager[Tensor]:
         radii = [rho * self._rho_share for rho in self._radii]
+        assert self._perturbation is not None  # since `_start_perturbing`
         return self._perturbation.perturbed(radii, self._direction, adaptive=self.args.sam_adaptive)
 
     def _forget_window(self) -> None:
-        self._passes: list[tuple[dict[str, Any], rng.RandomState]] = []
-        self._carry: dict[nn.Parameter, Tensor] = {}
+        self._passes = []
+        self._carry = {}
 
     # ---- checkpoints ----
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """As in Transformers, but ``True`` passes over checkpoints that a run killed while saving left behind."""
         if resume_from_checkpoint is True:
             found = [last_complete(self.args.output_dir) if self.is_world_process_zero() else None]
@@ -300,7 +329,7 @@ class SharpnessAwareTrainerMixin:
                 )
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    def _save_checkpoint(self, model, trial) -> None:
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         try:
             super()._save_checkpoint(model, trial)
         except Exception as error:  # of a full disk, most do not say where
@@ -315,7 +344,7 @@ class SharpnessAwareTrainerMixin:
 
     # ---- what people see ----
 
-    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As in Transformers, with the ``sam_*`` values beside a training loss."""
         if "loss" in logs or "train_loss" in logs:  # callbacks may log in the middle of a step
             self._check_climbed()
@@ -333,12 +362,12 @@ class SharpnessAwareTrainerMixin:
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """As in Transformers, for both passes."""
         first_pass = 0.0
-        if self._rho_share and self._direction.first_pass:
+        if self._has_first_pass:
             # without weight gradients backward is half as much, thus a pass two thirds
             first_pass = self.args.resolved_ascent_fraction * (2 / 3 if self._chosen else 1)
         return int(super().floating_point_ops(inputs) * (1 + first_pass))
 
-    def create_model_card(self, *args, **kwargs) -> None:
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """As in Transformers, with the optimizer and the ascent as they were used, and whom to cite."""
         super().create_model_card(*args, **kwargs)
         path = os.path.join(self.args.output_dir, "README.md")
@@ -351,7 +380,7 @@ class SharpnessAwareTrainerMixin:
                 )
 
 
-def _refuse_overrides(kind: type) -> None:
+def _refuse_overrides(kind: type[SharpnessAwareTrainerMixin]) -> None:
     """Trainers whose own code would make another thing of the two passes, and say nothing."""
     for cls in kind.__mro__[: kind.__mro__.index(SharpnessAwareTrainerMixin)]:
         step = inspect.unwrap(vars(cls).get("training_step", None))

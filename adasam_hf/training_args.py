@@ -3,7 +3,7 @@
 import copy
 import re
 from dataclasses import dataclass, field, fields
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, Self, TypedDict, get_args
 
 import torch
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
@@ -27,17 +27,36 @@ Scope = Literal["batch", "microbatch"]
 Dropout = Literal["same", "fresh"]
 Preset = Literal["full", "fast", "free"]
 
+
+class PresetValues(TypedDict):
+    """The arguments that a preset stands for."""
+
+    sam_direction: DirectionName
+    sam_ascent_fraction: float
+    sam_rho: float
+
+
 # What a preset stands for where the argument itself is unset. Costs: results/benchmark_step; what each keeps:
 # results/benchmark_flatness.
-PRESETS = {
+PRESETS: dict[Preset, PresetValues] = {
     "full": {"sam_direction": "gradient", "sam_ascent_fraction": 1.0, "sam_rho": 0.05},
     "fast": {"sam_direction": "gradient", "sam_ascent_fraction": 0.125, "sam_rho": 0.1},
     "free": {"sam_direction": "momentum", "sam_ascent_fraction": 1.0, "sam_rho": 0.4},
 }
 
+if TYPE_CHECKING:  # what the mixin finds behind it
+
+    class _Base(TrainingArguments):
+        output_dir: str  # never None after __post_init__
+        adam_beta2: Any  # the mixin's may be None
+        adam_epsilon: Any
+
+else:
+    _Base = object
+
 
 @dataclass(repr=False)
-class SharpnessAwareArgumentsMixin:
+class SharpnessAwareArgumentsMixin(_Base):
     """Adds the paper's optimizers and the ascent to a `TrainingArguments` class.
 
     Combine it in front of the class, with ``repr=False``: the `__repr__` that dataclass makes prints the hub token::
@@ -139,7 +158,7 @@ class SharpnessAwareArgumentsMixin:
         },
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self._read_numbers()
         self._check_sharpness()
         # The optimizer names of Transformers are a closed enumeration, and it converts ours to it.
@@ -226,7 +245,7 @@ class SharpnessAwareArgumentsMixin:
                 raise ValueError("sam_direction='momentum' needs one: set sgd_momentum above 0, for example 0.9")
 
     @property
-    def resolved_direction(self) -> str:
+    def resolved_direction(self) -> DirectionName:
         """What is climbed: `sam_direction`, or else the preset's."""
         return self.sam_direction or PRESETS[self.sam_preset]["sam_direction"]
 
@@ -255,7 +274,7 @@ class SharpnessAwareArgumentsMixin:
         epsilon: float | None = None,
         args: str | None = None,
         rho: float | None = None,
-    ):
+    ) -> Self:
         """As in Transformers, with the names and the radius of this package."""
         self.optim = name if name in ADASAM_NAMES + SGD_NAMES else OptimizerNames(name)
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
@@ -291,13 +310,13 @@ class SharpnessAwareArgumentsMixin:
             preset = PRESETS["free" if self.resolved_direction == "momentum" else "full"]
         return preset["sam_rho"]
 
-    def stock(self) -> "SharpnessAwareArgumentsMixin":
+    def stock(self) -> Self:
         """A copy as Transformers reads it: its own β2 and ε where unset."""
         args = copy.copy(self)
         args.adam_beta2, args.adam_epsilon = self.resolved_betas[1], self.resolved_epsilon
         return args
 
-    def own_optimizer(self) -> tuple[type[torch.optim.Optimizer], dict] | None:
+    def own_optimizer(self) -> tuple[type[torch.optim.Optimizer], dict[str, Any]] | None:
         """Class and keyword arguments for this package's optimizer names; None for those of Transformers."""
         if self.optim in ADASAM_NAMES:
             values = {"betas": self.resolved_betas, "eps": self.resolved_epsilon, "rho": self.resolved_rho}

@@ -12,7 +12,15 @@ from pathlib import Path
 
 import pytest
 
+import adasam_hf
+
 ROOT = Path(__file__).parent.parent
+
+
+def test_names_are_those_that_are_loaded():
+    assert set(adasam_hf.__all__) == {*adasam_hf._HOME, "__version__"}
+    for name in adasam_hf.__all__:
+        assert getattr(adasam_hf, name) is not None
 
 
 def git(folder, *words):

@@ -618,6 +618,12 @@ def test_flops_count_both_passes(build):
     assert totals[1:] == [totals[0], 2 * totals[0]]
 
 
+def test_flops_before_training_are_those_of_a_plain_step(build):
+    inputs = {"input_ids": torch.ones(2, 5, dtype=torch.long)}
+    plain, sharp = (build(kind, make_model("bert")).floating_point_ops(inputs) for kind in (Plain, Sharp))
+    assert sharp == plain > 0
+
+
 def test_model_card_shows_the_values(build, tmp_path):
     shown = {}
     for name, more in {

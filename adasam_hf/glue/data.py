@@ -117,6 +117,8 @@ def _infer_task(train: Dataset, texts: tuple[str, ...]) -> Task:
     values = set(train["label"])
     if None in values:
         raise ValueError(f"{train['label'][:].count(None)} training labels are missing; remove or fill those rows")
+    labels: tuple[str, ...]
+    metrics: tuple[str, ...]
     if any(isinstance(v, float) for v in values):
         labels, metrics = (), ("pearson", "spearmanr")
     else:
@@ -151,7 +153,7 @@ def _checked(data: DatasetDict, task: Task, splits: Iterable[str], where: str) -
             continue  # GLUE hides these labels; they are never read
         if len(rows) == 0:
             raise ValueError(f"{where}: split {split!r} is empty")
-        names = getattr(rows.features["label"], "names", None)
+        names = getattr(rows.features["label"], "names", ())
         if isinstance(rows.features["label"], ClassLabel) and tuple(names) != task.labels:
             raise ValueError(f"{where}: labels {names} in split {split!r} are not those of the task, {task.labels}")
         for row, label in enumerate(rows["label"]):

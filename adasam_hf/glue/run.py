@@ -6,6 +6,7 @@ import re
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import transformers
 import yaml
@@ -104,7 +105,7 @@ class DataArguments:
     )
     overwrite_cache: bool = field(default=False, metadata={"help": "Tokenize again what has been tokenized before."})
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.task_name is not None:
             self.task_name = self.task_name.lower()
             get_task(self.task_name)
@@ -133,7 +134,7 @@ class DataArguments:
 class GlueTrainingArguments(AdaSAMTrainingArguments):
     """`AdaSAMTrainingArguments`; one of the three jobs must be asked for."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if not (self.do_train or self.do_eval or self.do_predict):
             raise ValueError("nothing to do; pass --do_train, --do_eval or --do_predict")
@@ -170,7 +171,12 @@ def config_tokens(path: str, known: set[str]) -> list[str]:
 def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, GlueTrainingArguments]:
     """Arguments from `argv`, where each --config FILE.yaml stands for its entries and all others come after them."""
     classes = (ModelArguments, DataArguments, GlueTrainingArguments)
-    parser = HfArgumentParser(classes, prog="run_glue.py", allow_abbrev=False, conflict_handler="resolve")
+    parser = HfArgumentParser(
+        classes,  # type: ignore[arg-type]  # no class is Transformers' NewType of Any
+        prog="run_glue.py",
+        allow_abbrev=False,
+        conflict_handler="resolve",
+    )
     parser.add_argument(
         "--config", action="append", default=[], metavar="FILE.yaml", help="Read arguments from FILE; may be repeated."
     )
@@ -179,8 +185,8 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, GlueTrainingA
     known = {f.name for c in classes for f in fields(c)}
     configs, rest = first.parse_known_args(argv)
     tokens = [token for path in configs.config for token in config_tokens(path, known)]
-    *parsed, _ = parser.parse_args_into_dataclasses(args=tokens + rest, look_for_args_file=False)
-    return tuple(parsed)
+    model_args, data_args, args, _ = parser.parse_args_into_dataclasses(args=tokens + rest, look_for_args_file=False)
+    return model_args, data_args, args
 
 
 def main(argv: list[str] | None = None) -> AdaSAMTrainer:
@@ -217,7 +223,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: GlueTraining
     metrics: dict[str, float] = {}
     if args.do_train:
         metrics |= trainer.train(resume_from_checkpoint=checkpoint).metrics
-        metrics["train_samples"] = len(trainer.train_dataset)
+        metrics["train_samples"] = len(data["train"])
         trainer.save_model()
         trainer.log_metrics("train", metrics)
         trainer.save_metrics("train", metrics)
@@ -247,7 +253,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: GlueTraining
         batches = itertools.islice(trainer.get_train_dataloader(), GAP_BATCHES)
         metrics["final_sam_gap"] = sam_gap(model, batches, data_args.measure_gap)
 
-    card = {"finetuned_from": model_args.model_name_or_path, "tasks": "text-classification"}
+    card: dict[str, Any] = {"finetuned_from": model_args.model_name_or_path, "tasks": "text-classification"}
     if data_args.task_name:
         card |= {"dataset_tags": "glue", "dataset_args": task.name, "dataset": f"GLUE {task.name.upper()}"}
     if args.push_to_hub:
@@ -299,8 +305,8 @@ def _load_data(
     data_args: DataArguments, args: GlueTrainingArguments, model_args: ModelArguments
 ) -> tuple[Task, DatasetDict]:
     task = get_task(data_args.task_name) if data_args.task_name else None
-    files = {"train": data_args.train_file, "validation": data_args.validation_file, "test": data_args.test_file}
-    files = {split: file for split, file in files.items() if file is not None}
+    given = {"train": data_args.train_file, "validation": data_args.validation_file, "test": data_args.test_file}
+    files = {split: file for split, file in given.items() if file is not None}
     in_files = bool(files)
     evaluations = ["validation"] if in_files or task is None else [split for split, _ in task.evaluations]
     tests = ["test"] if in_files or task is None else [split for split, _ in task.submissions]
@@ -312,6 +318,7 @@ def _load_data(
         texts = [name.strip() for name in names.split(",")] if names else None
         task, data = load_files(task, files, texts, data_args.label_column_name, splits)
     else:
+        assert task is not None  # or DataArguments would have asked for a file
         data = load_task(task, data_args.dataset_name_or_path, splits, model_args.cache_dir, args.hub_token)
     if data_args.subset_seed is not None and needs_train:
         data["train"] = data["train"].shuffle(seed=data_args.subset_seed)
@@ -324,7 +331,9 @@ def _load_data(
     return task, DatasetDict({split: _head(data[split], counts[split]) for split in splits})
 
 
-def _load_model(model_args: ModelArguments, task: Task, trains: bool):
+def _load_model(
+    model_args: ModelArguments, task: Task, trains: bool
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     path = resolve_path(model_args.model_name_or_path)
     if path.startswith((".", "/", "~")) and not Path(path).expanduser().is_dir():
         raise FileNotFoundError(f"model_name_or_path={path!r} is no folder; give one with a config.json, or a hub name")
@@ -413,6 +422,7 @@ def _tokenize(
 def _hold_out(rows: Dataset, evaluations: list[str], data_args: DataArguments) -> dict[str, Dataset]:
     """Training rows without, and each evaluation split made of, the rows that are held out."""
     count = data_args.held_out_samples
+    assert count is not None  # there are rows to hold out
     start = min(data_args.max_train_samples or len(rows), len(rows) - count)
     if start < 1 or (data_args.max_train_samples or 0) > start:
         raise ValueError(
@@ -423,5 +433,5 @@ def _hold_out(rows: Dataset, evaluations: list[str], data_args: DataArguments) -
     return {"train": rows.select(range(start)), **dict.fromkeys(evaluations, held_out)}
 
 
-def _head(rows: Dataset, count: int | None):
+def _head(rows: Dataset, count: int | None) -> Dataset:
     return rows if count is None else rows.select(range(min(count, len(rows))))
