@@ -21,7 +21,7 @@ STATE_KEYS = {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"}
 class AdaSAM(Optimizer):
     r"""Sharpness-aware minimization with AMSGrad's adaptive rate and momentum (Sun et al., arXiv:2303.00565).
 
-    Algorithm 1 of the paper, with m₋₁ = 0, v₋₁ = 0, v̂₋₁ = ε² and all operations but ‖·‖₂ element-wise::
+    Algorithm 1 of the paper, with m₋₁ = 0, v₋₁ = 0, v̂₋₁ = ε² and all operations but ‖·‖₂ element-wise:
 
         s_t = ∇f_B(x_t)                         first pass
         δ_t = ρ · s_t / ‖s_t‖₂                  one norm over all parameters
@@ -36,7 +36,7 @@ class AdaSAM(Optimizer):
     at β₂ = 0.999. With ``rho=0`` this is the paper's AMSGrad and needs one pass. A weight decay λ is decoupled:
     x ← (1 - γλ) x before the update.
 
-    Either hand `step` a closure, as `torch.optim.LBFGS` takes it::
+    Either hand `step` a closure, as `torch.optim.LBFGS` takes it:
 
         def closure():
             optimizer.zero_grad()
@@ -47,7 +47,7 @@ class AdaSAM(Optimizer):
         for x, y in loader:
             loss = optimizer.step(closure)      # calls it twice; returns the loss at x_t
 
-    or write both passes out::
+    or write both passes out:
 
         for x, y in loader:
             loss_fn(model(x), y).backward()

@@ -30,7 +30,7 @@ MODULES = (
 
 
 class patch:
-    """Replace the four classes that scripts import from Transformers, from now on or for a ``with`` block::
+    """Replace the four classes that scripts import from Transformers, from now on or for a ``with`` block:
 
         import adasam_hf
 

@@ -70,7 +70,7 @@ class Perturbation:
 
     δ_g = ρ_g · s / ‖s‖₂ for each parameter group g (step 2 of Algorithm 1, arXiv:2303.00565), where
     s is the gradient in ``.grad`` when the ascent begins and ‖s‖₂ is **one** norm over every gradient of
-    all groups::
+    all groups:
 
         perturbation = Perturbation(optimizer)
         loss(w).backward()

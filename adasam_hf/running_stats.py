@@ -13,7 +13,7 @@ def kept(model: nn.Module) -> Iterator[None]:
     """Leave ``running_mean``, ``running_var`` and ``num_batches_tracked`` of `model` as they are now.
 
     The block may run forward passes in training mode; they normalize by their own batch as ever. In an ascent and
-    descent, the statistics then move once per step, at the unperturbed weights::
+    descent, the statistics then move once per step, at the unperturbed weights:
 
         loss_fn(model(x), y).backward()
         with optimizer.perturbed(), running_stats.kept(model):

@@ -204,7 +204,7 @@ def loss_along(
 
 class SharpnessCallback(TrainerCallback):
     """Logs how sharp the model's loss on training rows is, at each evaluation, to wherever the trainer logs
-    (TensorBoard and all other trackers of Transformers)::
+    (TensorBoard and all other trackers of Transformers):
 
         trainer.add_callback(SharpnessCallback(trainer, radii=(0.01, 0.05)))
 

@@ -35,7 +35,7 @@ else:
 
 
 class SharpnessAwareTrainerMixin(_Base):
-    r"""Makes a `Trainer` class sharpness-aware; combine it in front::
+    r"""Makes a `Trainer` class sharpness-aware; combine it in front:
 
         class MyAdaSAMTrainer(SharpnessAwareTrainerMixin, MyTrainer): ...
 

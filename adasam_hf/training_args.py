@@ -59,7 +59,7 @@ else:
 class SharpnessAwareArgumentsMixin(_Base):
     """Adds the paper's optimizers and the ascent to a `TrainingArguments` class.
 
-    Combine it in front of the class, with ``repr=False``: the `__repr__` that dataclass makes prints the hub token::
+    Combine it in front of the class, with ``repr=False``: the `__repr__` that dataclass makes prints the hub token:
 
         @dataclass(repr=False)
         class MyArguments(SharpnessAwareArgumentsMixin, MyTrainingArguments): ...
