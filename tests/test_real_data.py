@@ -3,7 +3,6 @@
 import json
 
 import pytest
-import torch
 
 from adasam_hf.glue.run import main
 
@@ -52,17 +51,9 @@ CASES = {
 }
 
 
-@pytest.fixture
-def two_threads():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("task", CASES)
-def test_ends_above_the_baseline(glue_snapshot, tmp_path, two_threads, task):
+def test_ends_above_the_baseline(glue_snapshot, tmp_path, task):
     metric, baseline, flags = CASES[task]
     where = [f"--dataset_name_or_path={glue_snapshot}", f"--output_dir={tmp_path}"]
     main([f"--task_name={task}", f"--model_name_or_path={MINILM}", *where, *COMMON, *flags])
