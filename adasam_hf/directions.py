@@ -53,20 +53,21 @@ class Momentum(Direction):
 
 
 class Last(Direction):
-    """The gradient that was climbed last, again, without a pass of its own."""
+    """What was climbed last, again, without a pass of its own."""
 
     first_pass = False
 
     def __init__(self, optimizer: Optimizer) -> None:
         super().__init__(optimizer)
-        self.gradients: dict[Tensor, Tensor] = {}
+        self.vectors: dict[Tensor, Tensor] = {}
 
-    def remember(self, params: Iterable[Tensor]) -> None:
-        """Copy the gradients; DistributedDataParallel may go on using their memory."""
-        self.gradients = {p: p.grad.detach().clone() for p in params if p.grad is not None}
+    def remember(self, direction: Direction, params: Iterable[Tensor]) -> None:
+        """Copy its vectors; DistributedDataParallel may go on using the memory of gradients."""
+        self.sign = direction.sign
+        self.vectors = {p: d.detach().clone() for p in params if (d := direction(p)) is not None}
 
     def __call__(self, p: Tensor) -> Tensor | None:
-        return self.gradients.get(p)
+        return self.vectors.get(p)
 
 
 DirectionName = Literal["gradient", "momentum"]

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from .directions import DIRECTIONS
 from .distributed import climbs_locally
 from .perturbation import local
 
@@ -85,7 +86,7 @@ def _precision(trainer: SharpnessAwareTrainerMixin, moving: list[nn.Parameter]) 
 
 
 def _passes(args: SharpnessAwareArgumentsMixin) -> str:
-    if args.resolved_direction != "gradient":
+    if not DIRECTIONS[args.resolved_direction].first_pass:
         return f"along the {args.resolved_direction}: 1 forward/backward pass per micro-batch, as ever"
     first = []
     if args.resolved_ascent_fraction < 1:

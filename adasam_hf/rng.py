@@ -54,7 +54,9 @@ def rewind(state: RandomState) -> None:
 
 @contextmanager
 def replay(state: RandomState) -> Iterator[None]:
-    """Draw again inside the block what was drawn after `state` was captured; go on outside as if it had not run:
+    """Draw again inside the block what was drawn after `state` was captured; go on outside as if it had not run.
+
+    For the same dropout masks in both passes:
 
         masks = rng.capture()
         loss_fn(model(x), y).backward()

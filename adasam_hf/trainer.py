@@ -174,13 +174,13 @@ class SharpnessAwareTrainerMixin(_Base):
             self._updated = True
         if step not in schedule.steps(total):
             return
-        if schedule.climbs(step, total) or (self.args.sam_reuse and not self._last.gradients):
+        if schedule.climbs(step, total) or (self.args.sam_reuse and not self._last.vectors):
             self._direction = self._own_direction
         elif self.args.sam_reuse:
             self._direction = self._last
         else:
             return
-        if self._updated and self.args.resolved_direction == "momentum":
+        if self._updated and not self._own_direction.first_pass:
             self._check_momentum()
         group = self.optimizer.param_groups[0]
         lr_share = float(group["lr"]) / (group.get("initial_lr") or self.args.learning_rate or 1.0)
@@ -195,8 +195,8 @@ class SharpnessAwareTrainerMixin(_Base):
         params = [p for group in self.optimizer.param_groups for p in group["params"]]
         if all(self._own_direction(p) is None for p in params):
             raise RuntimeError(
-                "sam_direction='momentum': after an update the optimizer keeps no first moment; choose one that does "
-                "(adasam, adamw_torch, sam with sgd_momentum above 0), or sam_direction='gradient'"
+                f"sam_direction={self.args.resolved_direction!r}: after an update the optimizer keeps no first moment; "
+                "choose one that does (adasam, adamw_torch, sam with sgd_momentum above 0), or sam_direction='gradient'"
             )
 
     # ---- the two passes ----
@@ -287,7 +287,7 @@ class SharpnessAwareTrainerMixin(_Base):
         if self._chosen is not None and not climbs_locally(self):
             average_gradients(self._chosen)
         if self.args.sam_reuse:
-            self._last.remember(model.parameters())
+            self._last.remember(self._own_direction, model.parameters())
         same_masks = self.args.sam_dropout == "same" and self.args.resolved_ascent_fraction == 1
         if self.args.sam_dropout == "same" and not same_masks:
             # There are no masks to repeat, those of the ascent had fewer rows: draw what a plain step would have drawn.
@@ -346,16 +346,17 @@ class SharpnessAwareTrainerMixin(_Base):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As in Transformers, with the ``sam_*`` values beside a training loss."""
-        if "loss" in logs or "train_loss" in logs:  # callbacks may log in the middle of a step
+        training = "loss" in logs or {"grad_norm", "learning_rate"} <= logs.keys()  # setfit renames the loss
+        if training or "train_loss" in logs:  # callbacks may log in the middle of a step
             self._check_climbed()
         # All processes are here, as for the mean of `loss` that the Trainer has just taken.
-        if any(self._radii) and ("loss" in logs or ("train_loss" in logs and self._tally.climbs)):
+        if any(self._radii) and (training or ("train_loss" in logs and self._tally.climbs)):
             values, steps = self._tally.means(self.accelerator), self._tally.steps
             self._tally = doctor.Tally()
             if self.is_world_process_zero():
                 warm = self.state.global_step > self.args.get_warmup_steps(self.state.max_steps)
                 self._watch(values, steps, warm)
-            if "loss" in logs:
+            if training:
                 logs |= values
         super().log(logs, *args, **kwargs)
 

@@ -119,8 +119,8 @@ class SharpnessAwareArgumentsMixin(_Base):
     sam_direction: DirectionName | None = field(
         default=None,
         metadata={
-            "help": "What is climbed: the gradient, or the optimizer's own momentum, which needs no second pass "
-            "(Momentum-SAM, arXiv:2401.12033; its radii are many times larger). Unset: that of sam_preset, gradient."
+            "help": "What is climbed; momentum, the optimizer's own, needs no second pass (Momentum-SAM, "
+            "arXiv:2401.12033; its radii are many times larger). Unset: that of sam_preset, gradient."
         },
     )
     sam_adaptive: bool = field(
@@ -231,18 +231,19 @@ class SharpnessAwareArgumentsMixin(_Base):
             raise ValueError(
                 f"sam_parameters={self.sam_parameters!r} is no regular expression ({error}); use 'all', 'norm', or one"
             ) from None
-        if self.resolved_direction == "momentum":
+        if not DIRECTIONS[self.resolved_direction].first_pass:
             for name, value, off in (
                 ("sam_ascent_fraction", self.resolved_ascent_fraction, 1.0),
                 ("sam_reuse", self.sam_reuse, False),
             ):
                 if value != off:
                     raise ValueError(
-                        f"{name}={value!r} contradicts sam_direction='momentum' (as sam_preset='free' has it), which "
-                        f"has no first pass; leave {name} unset, or use sam_direction='gradient'"
+                        f"{name}={value!r} contradicts sam_direction={self.resolved_direction!r} (that of "
+                        f"sam_preset='free'), which has no first pass; leave {name} unset, or use "
+                        "sam_direction='gradient'"
                     )
-            if self.optim in SGD_NAMES and self.sgd_momentum == 0:
-                raise ValueError("sam_direction='momentum' needs one: set sgd_momentum above 0, for example 0.9")
+        if self.resolved_direction == "momentum" and self.optim in SGD_NAMES and self.sgd_momentum == 0:
+            raise ValueError("sam_direction='momentum' needs one: set sgd_momentum above 0, for example 0.9")
 
     @property
     def resolved_direction(self) -> DirectionName:
@@ -254,7 +255,8 @@ class SharpnessAwareArgumentsMixin(_Base):
         """The share of the rows that the ascent sees: `sam_ascent_fraction`, or else the preset's."""
         if self.sam_ascent_fraction is not None:
             return self.sam_ascent_fraction
-        return 1.0 if self.resolved_direction == "momentum" else PRESETS[self.sam_preset]["sam_ascent_fraction"]
+        has_first_pass = DIRECTIONS[self.resolved_direction].first_pass
+        return PRESETS[self.sam_preset]["sam_ascent_fraction"] if has_first_pass else 1.0
 
     @property
     def sam_schedule(self) -> Schedule:
@@ -306,8 +308,9 @@ class SharpnessAwareArgumentsMixin(_Base):
         if self.optim not in RADIUS_ZERO.values():
             return 0.0
         preset = PRESETS[self.sam_preset]
-        if preset["sam_direction"] != self.resolved_direction:  # radii of one direction mean nothing to the other
-            preset = PRESETS["free" if self.resolved_direction == "momentum" else "full"]
+        if preset["sam_direction"] != self.resolved_direction:  # radii of one direction mean nothing to another
+            same = (p for p in PRESETS.values() if p["sam_direction"] == self.resolved_direction)
+            preset = next(same, PRESETS["full"])
         return preset["sam_rho"]
 
     def stock(self) -> Self:

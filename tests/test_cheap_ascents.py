@@ -8,7 +8,8 @@ from conftest import LR, Plain, Sharp, flat, make_model, make_rows
 from test_trainer import Fingerprint, causal_model, causal_rows
 from transformers import TrainerCallback
 
-from adasam_hf import AdaSAM
+from adasam_hf import AdaSAM, AdaSAMTrainingArguments, doctor
+from adasam_hf.directions import DIRECTIONS, Direction, Momentum
 from adasam_hf.schedule import Schedule
 from adasam_hf.selection import choose_parameters, take_rows
 
@@ -372,6 +373,50 @@ def test_the_last_direction_again(build, scope):
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert ["sam_gap" in entry for entry in logs] == [True, False, False] * 2
     assert {entry["sam_rho"] for entry in logs} == {RHO}
+
+
+# ---- a direction of one's own ----
+
+
+class Sign(Direction):
+    """That of docs/extending.md."""
+
+    first_pass = True
+
+    def __call__(self, p):
+        return None if p.grad is None else p.grad.sign()
+
+
+@SCOPES
+@pytest.mark.parametrize("reuse", [False, True])
+def test_a_new_direction_needs_a_class_and_a_name(build, scope, reuse, monkeypatch):
+    monkeypatch.setitem(DIRECTIONS, "sign", Sign)
+    kept = {}
+
+    def climb(loop, step, part):
+        if step % 2 == 0 or not reuse:
+            kept["s"] = {name: g.sign() for name, g in loop.gradient(part).items()}
+        return loop.sphere(kept["s"])
+
+    flags = {"sam_interval": 2, "sam_reuse": True} if reuse else {}
+    trainer = trained(build, k=1, sam_scope=scope, sam_direction="sign", **flags)
+    agree(trainer.model, hand_written(climb, scope, k=1))
+    with pytest.raises(AssertionError):
+        agree(trainer.model, hand_written(full, scope, k=1))
+    assert "2 forward/backward passes" in doctor.describe(trainer, trainer._radii)
+    args = AdaSAMTrainingArguments("out", optim="adasam", sam_preset="fast", sam_direction="sign", use_cpu=True)
+    assert (args.resolved_ascent_fraction, args.resolved_rho) == (0.125, 0.05)
+
+
+def test_a_new_direction_without_a_first_pass_is_treated_as_one(build, monkeypatch):
+    monkeypatch.setitem(DIRECTIONS, "up", type("Up", (Momentum,), {"sign": 1.0}))
+    trainer = trained(build, optim="adamw_torch", sam_direction="up", sam_preset="fast")
+    assert trainer.args.resolved_ascent_fraction == 1
+    assert "along the up: 1 forward/backward pass" in doctor.describe(trainer, trainer._radii)
+    with pytest.raises(ValueError, match="sam_reuse=True contradicts sam_direction='up'"):
+        trained(build, optim="adamw_torch", sam_direction="up", sam_interval=2, sam_reuse=True)
+    with pytest.raises(RuntimeError, match=r"sam_direction='up'.*keeps no first moment"):
+        trained(build, optim="adafactor", sam_direction="up")
 
 
 # ---- along the momentum ----

@@ -169,6 +169,16 @@ def test_sentence_transformers(out):
     assert len(logs(done.stdout)) == 4 and all("'sam_gap'" in entry for entry in logs(done.stdout))
 
 
+@pytest.mark.parametrize("rho", [[], ["0.05"]])
+def test_setfit(out, rho):
+    """Its inner trainer is sharpness-aware; the radius is set on the arguments that it makes."""
+    pytest.importorskip("setfit", reason="setfit, of the extra `test`, is not installed")
+    done = launch("few_shot", resolve_path(MINILM), out, *rho)
+    assert done.returncode == 0, done.stderr[-3000:]
+    entries = re.findall(r"\{'embedding_loss'.*?\}", done.stdout)
+    assert len(entries) == 3 and all(("'sam_gap'" in entry) is bool(rho) for entry in entries)
+
+
 # ---- patch() ----
 
 
