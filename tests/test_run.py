@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -410,3 +411,15 @@ def test_two_processes(flags, files, tmp_path, launcher):
     assert "2 processes (MULTI_CPU)" in done.stderr
     log = json.loads((tmp_path / "out" / "record.json").read_text())["log_history"]
     assert log[0]["sam_gap"] > 0
+
+
+def test_threads_may_parse_at_once():
+    """As those of a sweep do. (Without the lock one of them soon meets a type half rewritten.)"""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda i: parse([f"--seed={i}", "--output_dir=out", "--use_cpu"])[2].seed, range(40)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert found == list(range(40))

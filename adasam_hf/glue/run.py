@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 import sys
+import threading
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -168,15 +169,20 @@ def config_tokens(path: str, known: set[str]) -> list[str]:
     return tokens
 
 
+# HfArgumentParser rewrites the types of the dataclasses' fields while it reads them, which two threads cannot do at once.
+_PARSING = threading.Lock()
+
+
 def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, GlueTrainingArguments]:
     """Arguments from `argv`, where each --config FILE.yaml stands for its entries and all others come after them."""
     classes = (ModelArguments, DataArguments, GlueTrainingArguments)
-    parser = HfArgumentParser(
-        classes,  # type: ignore[arg-type]  # no class is Transformers' NewType of Any
-        prog="run_glue.py",
-        allow_abbrev=False,
-        conflict_handler="resolve",
-    )
+    with _PARSING:
+        parser = HfArgumentParser(
+            classes,  # type: ignore[arg-type]  # no class is Transformers' NewType of Any
+            prog="run_glue.py",
+            allow_abbrev=False,
+            conflict_handler="resolve",
+        )
     parser.add_argument(
         "--config", action="append", default=[], metavar="FILE.yaml", help="Read arguments from FILE; may be repeated."
     )
@@ -184,8 +190,8 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, GlueTrainingA
     first.add_argument("--config", action="append", default=[])
     known = {f.name for c in classes for f in fields(c)}
     configs, rest = first.parse_known_args(argv)
-    tokens = [token for path in configs.config for token in config_tokens(path, known)]
-    model_args, data_args, args, _ = parser.parse_args_into_dataclasses(args=tokens + rest, look_for_args_file=False)
+    words = [token for path in configs.config for token in config_tokens(path, known)] + rest
+    model_args, data_args, args, _ = parser.parse_args_into_dataclasses(args=words, look_for_args_file=False)
     return model_args, data_args, args
 
 
