@@ -415,11 +415,12 @@ def test_two_processes(flags, files, tmp_path, launcher):
 
 def test_threads_may_parse_at_once():
     """As those of a sweep do. (Without the lock one of them soon meets a type half rewritten.)"""
+    words = ["--task_name=rte", "--model_name_or_path=m", "--output_dir=out", "--use_cpu"]
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     try:
         with ThreadPoolExecutor(4) as pool:
-            found = list(pool.map(lambda i: parse([f"--seed={i}", "--output_dir=out", "--use_cpu"])[2].seed, range(40)))
+            found = list(pool.map(lambda i: parse([*words, f"--seed={i}"])[2].seed, range(40)))
     finally:
         sys.setswitchinterval(interval)
     assert found == list(range(40))

@@ -169,7 +169,7 @@ def config_tokens(path: str, known: set[str]) -> list[str]:
     return tokens
 
 
-# HfArgumentParser rewrites the types of the dataclasses' fields while it reads them, which two threads cannot do at once.
+# HfArgumentParser rewrites the types of the dataclasses' fields while it reads them: no two threads at once.
 _PARSING = threading.Lock()
 
 
