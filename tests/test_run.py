@@ -415,7 +415,7 @@ def test_two_processes(flags, files, tmp_path, launcher):
 
 def test_threads_may_parse_at_once():
     """As those of a sweep do. (Without the lock one of them soon meets a type half rewritten.)"""
-    words = ["--task_name=rte", "--model_name_or_path=m", "--output_dir=out", "--use_cpu"]
+    words = ["--task_name=rte", "--model_name_or_path=m", "--output_dir=out", "--use_cpu", "--do_eval"]
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     try:
