@@ -124,7 +124,9 @@ def check(words: list[str], capsys, monkeypatch) -> None:
     elif program == "pip":
         for extra in re.findall(r"\[([\w,]+)\]", " ".join(words)):
             assert set(extra.split(",")) <= set(setup["options.extras_require"])
-    elif program == "python" and words[1] == "-m" and words[2] == "adasam_hf":
+    elif "adasam_hf" in words:  # python -m, torchrun -m, accelerate launch -m
+        assert words[words.index("adasam_hf") - 1] == "-m"
+        words = words[words.index("adasam_hf") :]
         for flag in (word for word in words if word.startswith("--")):
             assert flag[2:] in adasam_hf.AdaSAMTrainingArguments.__dataclass_fields__
     elif program == "python" and words[1].endswith(".py"):
@@ -141,6 +143,7 @@ def check(words: list[str], capsys, monkeypatch) -> None:
 @pytest.mark.parametrize("page", [page for page, text in PAGES.items() if blocks(text, "bash")])
 def test_commands(page, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(ROOT / "scripts")  # where a script finds its neighbours
     for words in commands(PAGES[page]):
         check(words, capsys, monkeypatch)
 
