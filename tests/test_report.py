@@ -2,7 +2,10 @@
 
 import json
 import math
+import re
+import shutil
 import statistics
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -232,3 +235,18 @@ def test_the_page(tmp_path):
     assert report_glue.report(tmp_path) == page  # nothing in it is drawn anew
     with pytest.raises(ValueError, match="no records"):
         report_glue.report(tmp_path / "nothing")
+
+
+def test_the_committed_report_is_that_of_its_records(tmp_path, monkeypatch):
+    committed = Path(__file__).parent.parent / "results" / "small"
+    shutil.copytree(committed / "records", tmp_path / "results" / "small" / "records")
+    monkeypatch.chdir(tmp_path)
+    made = report_glue.report(Path("results/small"))
+    assert made == (committed / "REPORT.md").read_text(encoding="utf-8")
+    for name in re.findall(r"\]\((\w+\.png)\)", made):
+        assert (committed / name).is_file()
+    path = tmp_path / "results/small/records/table1/sst2-adasam-1.json"
+    changed = json.loads(path.read_text())
+    changed["metrics"]["eval_accuracy"] = 0.5
+    path.write_text(json.dumps(changed))
+    assert report_glue.report(Path("results/small")) != made
