@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -15,36 +15,49 @@ from . import rng
 from .perturbation import Perturbation
 
 
-def sam_gap(model: nn.Module, batches: Iterable[Mapping], rho: float) -> float:
+@overload
+def sam_gap(model: nn.Module, batches: Iterable[Mapping], rho: float) -> float: ...
+@overload
+def sam_gap(model: nn.Module, batches: Iterable[Mapping], rho: Sequence[float]) -> list[float]: ...
+def sam_gap(model: nn.Module, batches: Iterable[Mapping], rho: float | Sequence[float]) -> float | list[float]:
     r"""Mean over batches of L_B(w + ρ s/‖s‖₂) - L_B(w), s = ∇L_B(w): how much the worst nearby weights lose.
 
     The trainer logs the same quantity for its training batches, with dropout. Here the model is in eval mode, so
     that models can be compared. (The ascent of SAM, arXiv:2010.01412, used as a measure.)
 
     Args:
-        model: called as ``model(**batch)``; its output has ``.loss``.
-        batches: on the model's device. Cost: two forward passes and a backward pass for each.
-        rho: radius > 0, in weight units.
+        model: called as ``model(**batch)``; its output has ``.loss``, a mean over the batch (0-d).
+        batches: tensors by name, rows first, on the model's device; `len` is not needed.
+        rho: radius > 0, in weight units, or several. Cost for each batch: a forward and a backward pass, and one more
+            forward pass for each radius; and one copy of the weights.
 
-    Returns: the mean gap. The weights are as before, bit for bit; gradients are cleared.
+    Returns: the mean gap, or one for each radius. The weights are as before, bit for bit; gradients are cleared.
 
     Raises:
         ValueError: for a bad radius or without batches.
     """
-    if not rho > 0:
+    radii = list(rho) if isinstance(rho, Sequence) else [rho]
+    if not radii or not all(radius > 0 for radius in radii):
         raise ValueError(f"rho={rho!r} must be > 0: at radius 0 there is no gap; try 0.05")
-    perturbation = Perturbation(torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0))
-    gaps = []
+    params = [p for p in model.parameters() if p.requires_grad]
+    perturbation = Perturbation(torch.optim.SGD(params, lr=0.0))
+    gaps: list[list[float]] = []
     with _evaluating(model):
         for batch in batches:
             model.zero_grad()
             loss = model(**batch).loss
             loss.backward()
-            with perturbation.perturbed(rho), torch.no_grad():
-                gaps.append(float(model(**batch).loss - loss))
+            gradients = [p.grad for p in params]
+            gaps.append([])
+            for radius in radii:
+                for p, gradient in zip(params, gradients, strict=True):
+                    p.grad = gradient  # which the climb takes away
+                with perturbation.perturbed(radius), torch.no_grad():
+                    gaps[-1].append(float(model(**batch).loss - loss))
     if not gaps:
         raise ValueError("batches is empty; give at least one")
-    return sum(gaps) / len(gaps)
+    means = [sum(column) / len(gaps) for column in zip(*gaps, strict=True)]
+    return means if isinstance(rho, Sequence) else means[0]
 
 
 def average_sharpness(
@@ -53,13 +66,16 @@ def average_sharpness(
     r"""Mean over batches and random directions of L_B(w + ρu) - L_B(w), with u uniform on the unit sphere.
 
     How much typical nearby weights lose, where `sam_gap` asks for the worst (to first order). For small radii it is
-    ρ²·tr(∇²L)/2n with n parameters, so it takes a far larger radius to show anything.
+    ρ²·tr(∇²L)/2n with n parameters, so it takes a far larger radius to show anything. (The average-case sharpness of
+    arXiv:2302.07011, with a radius in place of a variance.)
 
     Args:
         model, batches: as in `sam_gap`, which each direction sees all of.
         rho: radius > 0, in weight units.
         samples: directions, at least 1. Cost: samples + 1 forward passes for each batch, and one copy of the weights.
         seed: of the directions.
+
+    Returns: the mean rise. The weights are as before, bit for bit.
 
     Raises:
         ValueError: for a bad radius or count, or without batches.
@@ -92,8 +108,8 @@ def top_eigenvalues(
 ) -> list[float]:
     r"""The `count` largest eigenvalues of the Hessian ∇²L(w) of the mean loss over `batches`, largest first.
 
-    Lanczos (SciPy's `eigsh`) on Hessian–vector products from double backward, in eval mode. λ₁ is what the worst
-    direction adds at second order: L(w + ρv₁) ≈ L(w) + ρ ∇L·v₁ + ρ²λ₁/2.
+    Lanczos (SciPy's `eigsh`) on Hessian–vector products from double backward, in eval mode (as in arXiv:1901.10159). λ₁
+    is what the worst direction adds at second order: L(w + ρv₁) ≈ L(w) + ρ ∇L·v₁ + ρ²λ₁/2.
 
     Args:
         model: called as ``model(**batch)``; its output has ``.loss``. Its attention must have a second derivative,
@@ -103,6 +119,8 @@ def top_eigenvalues(
         count: at least 1.
         tolerance: relative accuracy of the eigenvalues.
         seed: of the start vector.
+
+    Returns: `count` numbers.
 
     Raises:
         ValueError: without batches, or for a bad count.
@@ -238,7 +256,8 @@ class SharpnessCallback(TrainerCallback):
             # in order, and never cached; a trainer that trains has a training set
             loader = self.trainer.get_test_dataloader(self.trainer.train_dataset)  # type: ignore[arg-type]
             batches = [self.trainer._prepare_inputs(batch) for batch in itertools.islice(loader, self.count)]
-            values = {f"sharpness/gap_{rho:g}": sam_gap(model, batches, rho) for rho in self.radii}
+            gaps = sam_gap(model, batches, self.radii)
+            values = {f"sharpness/gap_{rho:g}": gap for rho, gap in zip(self.radii, gaps, strict=True)}
             if self.eigenvalue:
                 (values["sharpness/eigenvalue"],) = top_eigenvalues(model, batches)
         for p, gradient in gradients.items():

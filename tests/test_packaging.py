@@ -1,7 +1,10 @@
 """The wheel and the sdist, as `python -m build` makes them."""
 
+import ast
+import configparser
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +24,22 @@ def test_names_are_those_that_are_loaded():
     assert set(adasam_hf.__all__) == {*adasam_hf._HOME, "__version__"}
     for name in adasam_hf.__all__:
         assert getattr(adasam_hf, name) is not None
+
+
+def test_what_is_imported_is_required():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    required = {re.match(r"[\w-]+", line)[0] for line in setup["options"]["install_requires"].split()}
+    names = {"sklearn": "scikit-learn", "yaml": "pyyaml"}
+    imported = set()
+    for path in (ROOT / "adasam_hf").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                imported.add(node.module.partition(".")[0])
+    foreign = {names.get(name, name) for name in imported - set(sys.stdlib_module_names) - {"adasam_hf"}}
+    assert {"torch", "transformers", "scipy"} <= foreign <= required
 
 
 def git(folder, *words):
@@ -60,7 +79,7 @@ def test_the_version_is_that_of_the_tag_and_nothing_is_missing(archives):
 
 @pytest.mark.slow
 def test_they_install_and_run_the_quickstart(archives, tmp_path):
-    """The wheel in an environment that else has only what it depends on, the script from the sdist."""
+    """The wheel beside the dependencies of this environment, the script from the sdist."""
     wheel, sdist = archives
     subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
     (packages,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")

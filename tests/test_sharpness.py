@@ -45,6 +45,7 @@ def test_equals_the_definition():
     assert got == pytest.approx(sum(gaps) / 2, rel=1e-10)
     assert got == pytest.approx(sam_gap(model, batches(), rho=0.1), rel=1e-12)  # no randomness
     assert got < sam_gap(model, batches(), rho=0.2)
+    assert sam_gap(model, batches(), [0.1, 0.2]) == [got, sam_gap(model, batches(), rho=0.2)]
 
 
 def test_bad_input():
