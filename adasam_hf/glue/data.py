@@ -101,7 +101,7 @@ def load_files(
     return task, _checked(data, task, splits, "the files")
 
 
-def _is_text(feature) -> bool:
+def _is_text(feature: object) -> bool:
     return getattr(feature, "dtype", None) in ("string", "large_string")
 
 

@@ -1,4 +1,6 @@
 # One import a line and no relative ones: `evaluate` copies this file and scans it for dependencies.
+import collections.abc
+
 import datasets
 import evaluate
 import numpy
@@ -17,7 +19,7 @@ _CITATION = """@inproceedings{wang2019glue,
 }"""
 
 
-def _correlation(function, predictions, references):
+def _correlation(function: collections.abc.Callable, predictions: numpy.ndarray, references: numpy.ndarray) -> float:
     if numpy.ptp(predictions) == 0 or numpy.ptp(references) == 0:
         return 0.0
     return float(function(predictions, references)[0])
@@ -35,7 +37,7 @@ METRICS = {
 class GlueMetric(evaluate.Metric):
     """One of `METRICS`, chosen by the configuration name."""
 
-    def _info(self):
+    def _info(self) -> evaluate.MetricInfo:
         if self.config_name not in METRICS:
             raise KeyError(f"config_name={self.config_name!r} must be one of {sorted(METRICS)}")
         real = self.config_name in ("pearson", "spearmanr")
@@ -51,6 +53,6 @@ class GlueMetric(evaluate.Metric):
             ),
         )
 
-    def _compute(self, predictions, references):
+    def _compute(self, predictions: list, references: list) -> dict[str, float]:
         value = METRICS[self.config_name](numpy.asarray(predictions), numpy.asarray(references))
         return {self.config_name: value}

@@ -5,6 +5,7 @@ import json
 import re
 import sys
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BatchEncoding,
     DataCollatorWithPadding,
     HfArgumentParser,
     PreTrainedModel,
@@ -271,7 +273,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: GlueTraining
     return trainer
 
 
-def write_submission(path: Path, task: Task, predictions) -> None:
+def write_submission(path: Path, task: Task, predictions: Iterable) -> None:
     """A TSV file as the GLUE leaderboard takes it: index and prediction; scores of STS-B are cut to [0, 5]."""
     with open(path, "w", encoding="utf-8") as file:
         file.write("index\tprediction\n")
@@ -404,7 +406,7 @@ def _tokenize(
 ) -> DatasetDict:
     length = min(data_args.max_seq_length, tokenizer.model_max_length)
 
-    def tokenize(rows):
+    def tokenize(rows: dict) -> BatchEncoding:
         texts = [rows[column] for column in task.texts]
         padding = "max_length" if data_args.pad_to_max_length else False
         return tokenizer(*texts, padding=padding, max_length=length, truncation=True)
