@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from importlib.metadata import PackageNotFoundError, metadata
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import __version__
@@ -27,15 +29,25 @@ CITATION = """@article{sun2024adasam,
 """
 
 
-def rewrite(text: str, trainer: SharpnessAwareTrainerMixin, adasam: AdaSAM | None, rho: float) -> str:
-    """The card that Transformers wrote, with the entries that it cannot know and, if the run used AdaSAM or an ascent,
-    a section on them with the paper and its citation."""
+HEADING = "## Optimizer\n\nFine-tuned with "
+
+
+def complete(path: Path, trainer: SharpnessAwareTrainerMixin, adasam: AdaSAM | None, rho: float) -> None:
+    """Put into the card at `path`, which the Trainer or a library has written, the entries that they cannot know and,
+    if the run used AdaSAM or an ascent, a section on them with the paper and its citation. Twice is as once."""
+    if not path.exists():  # sentence-transformers goes on without a card if it fails to make one
+        return
     entries = "".join(f"- {key}: {value}\n" for key, value in _entries(trainer, adasam, rho).items())
-    # The stock entry reads betas only for names with "adam" in them, and may go on over a second line.
-    text = re.sub(r"^- optimizer: .*?\n(?=- )", lambda _: entries, text, count=1, flags=re.M | re.S)
-    if adasam is None and rho == 0:
-        return text
-    return f"{text.rstrip()}\n\n{_section(trainer, adasam, rho)}"
+    # Without the section that an earlier call or run has left.
+    text = re.sub(rf"^{HEADING}.*?(?=^#+ |\Z)", "", path.read_text(encoding="utf-8"), flags=re.M | re.S)
+    if not (listed := entries in text):
+        # The stock entry reads betas only for names with "adam" in them, and may go on over a second line.
+        stock = re.compile(r"^- optimizer: .*?\n(?=- )", flags=re.M | re.S)
+        text, count = stock.subn(lambda _: entries, text, count=1)
+        listed = count > 0
+    if adasam is not None or rho > 0:
+        text = f"{text.rstrip()}\n\n{_section(trainer, adasam, rho, '' if listed else entries)}"
+    path.write_text(text, encoding="utf-8")
 
 
 def _name(args: SharpnessAwareArgumentsMixin) -> str:
@@ -65,7 +77,7 @@ def _entries(trainer: SharpnessAwareTrainerMixin, adasam: AdaSAM | None, rho: fl
     return entries
 
 
-def _section(trainer: SharpnessAwareTrainerMixin, adasam: AdaSAM | None, rho: float) -> str:
+def _section(trainer: SharpnessAwareTrainerMixin, adasam: AdaSAM | None, rho: float, entries: str) -> str:
     if rho == 0:
         method = "AMSGrad, which is [AdaSAM](https://arxiv.org/abs/2303.00565) at radius 0"
     elif adasam is not None:
@@ -73,5 +85,18 @@ def _section(trainer: SharpnessAwareTrainerMixin, adasam: AdaSAM | None, rho: fl
     else:
         sam = "[sharpness-aware minimization](https://arxiv.org/abs/2010.01412)"
         method = f"{sam} around `{_name(trainer.args)}` at radius {rho:g}"
-    text = f"## Optimizer\n\nFine-tuned with {method}, by `adasam_hf` {__version__}.\n"
+    home = project()
+    name = f"[adasam_hf]({home})" if home else "`adasam_hf`"
+    text = f"{HEADING}{method}, by {name} {__version__}.\n"
+    if entries:
+        text += f"\n{entries}"
     return text if adasam is None else f"{text}\n```bibtex\n{CITATION}```\n"
+
+
+def project() -> str | None:
+    """The address of the project: `Homepage` in the project_urls of setup.cfg, if it has one."""
+    try:
+        urls = metadata("adasam_hf").get_all("Project-URL") or []
+    except PackageNotFoundError:  # run from a clone that is not installed
+        return None
+    return dict(url.split(", ", 1) for url in urls).get("Homepage")

@@ -1,8 +1,10 @@
 """The two-pass training step as a mixin for any Transformers `Trainer`."""
 
+import functools
 import inspect
 import os
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -371,14 +373,24 @@ class SharpnessAwareTrainerMixin(_Base):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """As in Transformers, with the optimizer and the ascent as they were used, and whom to cite."""
         super().create_model_card(*args, **kwargs)
-        path = os.path.join(self.args.output_dir, "README.md")
+        self._complete_card()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        write = vars(cls).get("create_model_card")
+        if write is not None:  # trl and sentence-transformers write cards of their own, without Transformers'
+
+            @functools.wraps(write)
+            def create_model_card(self: SharpnessAwareTrainerMixin, *args: Any, **kwargs: Any) -> None:
+                write(self, *args, **kwargs)
+                self._complete_card()
+
+            cls.create_model_card = create_model_card  # type: ignore[method-assign]
+
+    def _complete_card(self) -> None:
         if self.is_world_process_zero():
-            with open(path, encoding="utf-8") as file:
-                text = file.read()
-            with open(path, "w", encoding="utf-8") as file:
-                file.write(
-                    card.rewrite(text, self, self._own_adasam(), max(self._radii, default=self.args.resolved_rho))
-                )
+            rho = max(self._radii, default=self.args.resolved_rho)
+            card.complete(Path(self.args.output_dir, "README.md"), self, self._own_adasam(), rho)
 
 
 def _refuse_overrides(kind: type[SharpnessAwareTrainerMixin]) -> None:

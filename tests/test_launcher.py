@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import adasam_hf
 from adasam_hf import AdaSAMTrainer, AdaSAMTrainingArguments
+from adasam_hf.card import CITATION
 from adasam_hf.glue.data import resolve_path
 
 ROOT = Path(__file__).parent.parent
@@ -55,11 +56,17 @@ def logs(text):
     return re.findall(r"\{'loss'.*?\}", text)
 
 
-def test_the_arguments_are_in_the_help(tiny):
-    shown = launch("classify", "--help")
-    assert shown.returncode == 0 and "--sam_rho" in shown.stdout and "--fail_at" in shown.stdout
-    assert "usage: classify.py" in shown.stdout
-    assert "--sam_rho" not in launch("classify", "--help", launcher=[]).stdout  # the script alone has none of it
+@pytest.mark.parametrize("words", [["classify"], ["summarize"], ["language_model"], ["own_step", "polite"]])
+def test_the_arguments_are_in_the_help(words):
+    shown = launch(*words, "--help")
+    assert shown.returncode == 0 and "--sam_rho" in shown.stdout and "--learning_rate" in shown.stdout
+    assert f"usage: {words[0]}.py" in shown.stdout
+
+
+def test_the_help_has_the_scripts_own_arguments_and_without_the_launcher_only_those():
+    assert "--fail_at" in launch("classify", "--help").stdout
+    alone = launch("classify", "--help", launcher=[]).stdout
+    assert "--fail_at" in alone and "--sam_rho" not in alone
 
 
 def test_a_script_trains_saves_and_resumes(tiny, out, tmp_path):
@@ -155,10 +162,18 @@ def test_two_processes(tiny, out, launcher):
     assert all("sam_gap" in entry for entry in state["log_history"] if "loss" in entry)
 
 
+def assert_card(out, own):
+    """A library's own card, and once what it does not know."""
+    card = (out / "README.md").read_text()
+    assert own in card and card.count("Fine-tuned with [AdaSAM]") == card.count(CITATION) == 1
+    assert "- optimizer: adasam (AdaSAM, arXiv:2303.00565" in card and "- sam_rho: 0.05\n" in card
+
+
 def test_trl(out):
     pytest.importorskip("trl", reason="trl, of the extra `test`, is not installed")
     done = launch("sft", resolve_path(MINILM), *training(out, "--max_length=32"))
     assert done.returncode == 0, done.stderr[-3000:]
+    assert_card(out, own="TRL")
     assert len(logs(done.stdout)) == 4 and all("'sam_gap'" in entry for entry in logs(done.stdout))
 
 
@@ -166,6 +181,7 @@ def test_sentence_transformers(out):
     pytest.importorskip("sentence_transformers", reason="sentence-transformers, of the extra `test`, is not installed")
     done = launch("embed", resolve_path(MINILM), *training(out))
     assert done.returncode == 0, done.stderr[-3000:]
+    assert_card(out, own="SentenceTransformer")
     assert len(logs(done.stdout)) == 4 and all("'sam_gap'" in entry for entry in logs(done.stdout))
 
 

@@ -1,6 +1,4 @@
 import math
-import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,7 +23,6 @@ from adasam_hf import (
     AdaSAMTrainer,
     SharpnessAwareTrainerMixin,
 )
-from adasam_hf.card import CITATION
 
 # ---- against a loop written by hand ----
 
@@ -622,47 +619,6 @@ def test_flops_before_training_are_those_of_a_plain_step(build):
     inputs = {"input_ids": torch.ones(2, 5, dtype=torch.long)}
     plain, sharp = (build(kind, make_model("bert")).floating_point_ops(inputs) for kind in (Plain, Sharp))
     assert sharp == plain > 0
-
-
-def test_model_card_shows_the_values(build, tmp_path):
-    shown = {}
-    for name, more in {
-        "adasam": {"sam_rho": 0.03, "adam_beta2": 0.9},
-        "sam": {},
-        "adamw_torch": {"sam_rho": 0.01, "sam_scope": "microbatch"},
-        "amsgrad": {},
-        "plain": {"optim": "adamw_torch"},
-        "free": {"optim": "adasam", "sam_preset": "free"},
-        "fast": {"optim": "adasam", "sam_preset": "fast", "sam_parameters": "norm", "sam_start": 0.5},
-    }.items():
-        more = {"optim": name, **more}
-        trainer = build(Sharp, make_model("bert"), make_rows(4), hub_token="hf_planted", **more)
-        trainer.train()
-        trainer.create_model_card()
-        shown[name] = (tmp_path / "out" / "README.md").read_text()
-        assert "hf_planted" not in shown[name]
-        assert shown[name].count("- optimizer:") == 1
-        assert "- lr_scheduler_type: constant" in shown[name]
-        os.remove(tmp_path / "out" / "README.md")
-    assert "- optimizer: adasam (AdaSAM, arXiv:2303.00565, with betas=(0.9, 0.9), epsilon=1e-06)" in shown["adasam"]
-    assert "- sam_rho: 0.03\n- sam_scope: batch\n- sam_dropout: same\n" in shown["adasam"]
-    assert "- optimizer: sam (SGD with momentum=0.9)" in shown["sam"]
-    assert "betas=(0.9, 0.999), epsilon=1e-08" in shown["adamw_torch"]
-    assert "- sam_scope: microbatch" in shown["adamw_torch"]
-    assert "- sam_direction: momentum\n" in shown["free"] and "sam_ascent_fraction" not in shown["free"]
-    assert "- sam_ascent_fraction: 0.125\n- sam_parameters: norm\n" in shown["fast"]
-    assert "- sam_schedule: Schedule(start=0.5" in shown["fast"]
-    assert "- sam_rho: 0.0\n- lr_scheduler_type" in shown["amsgrad"]
-    paper = "[AdaSAM](https://arxiv.org/abs/2303.00565)"
-    assert f"Fine-tuned with {paper}, sharpness-aware minimization, at radius 0.03, by `adasam_hf`" in shown["adasam"]
-    assert f"AMSGrad, which is {paper} at radius 0" in shown["amsgrad"]
-    assert "around `sam` at radius 0.05" in shown["sam"] and "bibtex" not in shown["sam"]
-    assert all(shown[name].count(CITATION) == 1 for name in ("adasam", "amsgrad", "free", "fast"))
-    assert "## Optimizer" not in shown["plain"] and "bibtex" not in shown["plain"]
-
-
-def test_the_citation_is_that_of_the_readme():
-    assert f"```bibtex\n{CITATION}```" in (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 
 
 def test_seq2seq(build):

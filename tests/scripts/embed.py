@@ -20,6 +20,7 @@ def main():
     rows = Dataset.from_dict({"sentence1": list(one), "sentence2": list(other), "score": list(score)})
     trainer = SentenceTransformerTrainer(model=model, args=args, train_dataset=rows, loss=CosineSimilarityLoss(model))
     trainer.train()
+    trainer.create_model_card()
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ def main():
     rows = Dataset.from_dict({"text": ["a warm and funny film", "dull and far too long"] * 8})
     trainer = SFTTrainer(model=GPT2LMHeadModel(config), args=args, train_dataset=rows, processing_class=tokenizer)
     trainer.train()
+    trainer.create_model_card()
 
 
 if __name__ == "__main__":
