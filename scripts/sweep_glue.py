@@ -184,7 +184,8 @@ class Sweep:
         return [self._run(p, "-".join(map(str, p.values())), choose(p["task_name"], p["method"])) for p in points]
 
     def chosen(self, task: str, method: str) -> dict:
-        """The point of the grid whose trial has the best score on the held-out rows; {} without trials to choose from.
+        """The point of the grid whose trial has the best score on the held-out rows, of equal ones the one with the
+        lowest loss there; {} without trials to choose from.
 
         Raises:
             ValueError: if a trial has no record or one of other arguments, or if all have diverged.
@@ -202,11 +203,13 @@ class Sweep:
                 f"{sweep.records() / 'trials'}; run {sweep.path} first"
             )
         check(runs)
-        scores = [get_task(task).score(json.loads(run.record.read_text())["metrics"]) for run in runs]
-        finite = {i: score for i, score in enumerate(scores) if not math.isnan(score)}
-        if not finite:
+        metrics = [json.loads(run.record.read_text())["metrics"] for run in runs]
+        # Of a model that is NaN all over, accuracy is that of the first class; only the loss tells.
+        ranks = {i: (get_task(task).score(found), -found["eval_loss"]) for i, found in enumerate(metrics)}
+        ranks = {i: rank for i, rank in ranks.items() if all(map(math.isfinite, rank))}
+        if not ranks:
             raise ValueError(f"{self.path}: all trials of {method} on {task} have diverged; give it lower rates")
-        return runs[max(finite, key=finite.get)].trial
+        return runs[max(ranks, key=ranks.get)].trial
 
     def _run(self, point: dict, name: str, more: dict, trial: dict | None = None) -> Run:
         arguments = dict(self.content.get("arguments") or {})

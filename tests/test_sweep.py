@@ -222,11 +222,15 @@ def test_more_arguments_for_some_and_the_scaled_rate(tmp_path):
     }
 
 
-def put(run, score, **more):
+def put(run, score, loss=0.5, **more):
     """A finished record, as far as it is looked at."""
     run.record.parent.mkdir(parents=True, exist_ok=True)
     names = {"rte": ["eval_accuracy"], "mrpc": ["eval_combined_score"]}[run.axes["task_name"]]
-    content = {"arguments": run.arguments, "axes": run.axes, "metrics": dict.fromkeys(names, score)}
+    content = {
+        "arguments": run.arguments,
+        "axes": run.axes,
+        "metrics": {**dict.fromkeys(names, score), "eval_loss": loss},
+    }
     run.record.write_text(json.dumps(content | {"seconds_per_row": 0.5} | more))
 
 
@@ -250,6 +254,15 @@ def test_the_best_trial_is_chosen(tmp_path):
             put(run, float("nan"))
     with pytest.raises(ValueError, match="all trials of adasam on mrpc have diverged"):
         sweep.chosen("mrpc", "adasam")
+    (one, other) = [run for run in trials if run.name.startswith("rte-amsgrad")]
+    put(one, 0.6, loss=0.7)
+    put(other, 0.6, loss=0.6)
+    assert sweep.chosen("rte", "amsgrad") == {"learning_rate": "1e-4"}  # of equal scores the lower loss
+    put(one, 0.6, loss=0.5)
+    assert sweep.chosen("rte", "amsgrad") == {"learning_rate": "1e-3"}
+    put(one, 0.9, loss=math.nan)  # a model of NaN has a score, too: that of the first class
+    assert sweep.chosen("rte", "amsgrad") == {"learning_rate": "1e-4"}
+    put(one, 0.5)
     other = sweep_glue.Sweep(write_sweep(tmp_path, choose="sweep", axes=sweep.axes).rename(tmp_path / "other.yaml"))
     write_sweep(tmp_path)
     assert other.chosen("mrpc", "amsgrad") == {"learning_rate": "1e-3"}  # another sweep's trials
