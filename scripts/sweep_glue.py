@@ -66,6 +66,7 @@ TRAIN_ROWS = {  # of GLUE
 # Arguments that say where and how a run is done, not what it is.
 MACHINE = {"output_dir", "logging_dir", "run_name", "dataset_name_or_path", "cache_dir", "overwrite_cache", "hub_token"}
 MACHINE |= {"push_to_hub_token", "use_cpu", "disable_tqdm", "resume_from_checkpoint", "dataloader_num_workers"}
+MACHINE |= {"dataloader_pin_memory"}  # Transformers sets it to False with use_cpu
 OVERHEAD = 20.0  # seconds of a run that do not depend on its rows: imports, loading, evaluation
 
 
@@ -84,7 +85,8 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        return self.record.exists()
+        """A record, and beside it the model, if that is to be kept."""
+        return self.record.exists() and (not self.keep_model or (self.folder / "record.json").is_file())
 
     @property  # not cached: a cached_property has a lock, which Ray cannot send
     def arguments(self) -> dict:
@@ -118,6 +120,11 @@ class Sweep:
             self.output_dir = Path(self.content["output_dir"])
         if self.seeds is not None:
             self.axes["seed"] = self.seeds
+        for axis, values in self.axes.items():
+            if not isinstance(values, list) or not values or len({str(v) for v in values}) < len(values):
+                raise ValueError(
+                    f"{self.path}: axis {axis} is {values!r}; it takes a list of one or more different values"
+                )
         missing = {"task_name", "method", "seed"} - set(self.axes)
         if missing:
             raise ValueError(f"{self.path}: axes has no {sorted(missing)}; each sweep has tasks, methods and seeds")
@@ -132,7 +139,19 @@ class Sweep:
         if isinstance(self.choose, dict):
             if set(self.choose) != {"arguments", "grid"}:
                 raise ValueError(f"{self.path}: choose has {sorted(self.choose)}; it takes arguments and grid")
+            if not self.choose["arguments"].get("held_out_samples"):
+                raise ValueError(
+                    f"{self.path}: choose.arguments has no held_out_samples, so that trials would be judged on what is "
+                    "reported; give a number of training rows"
+                )
             grids = self.choose["grid"]
+            for method, grid in grids.items():
+                if wrong := [name for name, values in grid.items() if not isinstance(values, list) or not values]:
+                    raise ValueError(f"{self.path}: choose.grid.{method} has {wrong} without a list of values")
+                if both := sorted(set(grid) & set(self.axes)):
+                    raise ValueError(
+                        f"{self.path}: {both} are axes and in choose.grid.{method}, where an axis wins; take one out"
+                    )
             if absent := [m for m in self.axes["method"] if m not in grids]:
                 raise ValueError(f"{self.path}: choose.grid has no {absent}; give each method its trials")
             sizes = {m: math.prod(len(v) for v in grids[m].values()) for m in self.axes["method"]}
@@ -150,6 +169,13 @@ class Sweep:
     @property
     def choose(self) -> dict | str | None:
         return self.content.get("choose")
+
+    @property
+    def chooser(self) -> "Sweep":
+        """The sweep whose trials choose for this one."""
+        if isinstance(self.choose, str):
+            return Sweep(self.path.with_name(f"{self.choose}.yaml"), self.output_dir)
+        return self
 
     def records(self) -> Path:
         return self.output_dir / "records" / self.name
@@ -192,9 +218,7 @@ class Sweep:
         """
         if self.choose is None:
             return {}
-        sweep = self
-        if isinstance(self.choose, str):
-            sweep = Sweep(self.path.with_name(f"{self.choose}.yaml"), self.output_dir)
+        sweep = self.chooser
         runs = [run for run in sweep.trials() if (run.axes["task_name"], run.axes["method"]) == (task, method)]
         done = [run for run in runs if run.finished]
         if not runs or len(done) < len(runs):
@@ -203,7 +227,7 @@ class Sweep:
                 f"{sweep.records() / 'trials'}; run {sweep.path} first"
             )
         check(runs)
-        metrics = [json.loads(run.record.read_text())["metrics"] for run in runs]
+        metrics = [load(run.record)["metrics"] for run in runs]
         # Of a model that is NaN all over, accuracy is that of the first class; only the loss tells.
         ranks = {i: (get_task(task).score(found), -found["eval_loss"]) for i, found in enumerate(metrics)}
         ranks = {i: rank for i, rank in ranks.items() if all(map(math.isfinite, rank))}
@@ -236,7 +260,7 @@ class Sweep:
             self.records() / place.with_name(f"{place.name}.json"),
             self.runs() / self.name / place,
             trial,
-            bool(self.content.get("keep_models")),
+            trial is None and bool(self.content.get("keep_models")),
         )
 
 
@@ -247,6 +271,16 @@ def parse_run(words: Iterable[str]) -> tuple[ModelArguments, DataArguments, Glue
 
 def device_flags() -> list[str]:
     return [] if torch.accelerator.is_available() else ["--use_cpu"]  # bf16 on a CPU must be asked for
+
+
+def load(path: Path) -> dict:
+    """A record."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        record["arguments"], record["axes"], record["metrics"], record["seconds_per_row"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no record of a run ({error!r}); delete it, and repeat the command") from None
+    return record
 
 
 def comparable(arguments: dict) -> dict:
@@ -263,7 +297,7 @@ def check(runs: list[Run]) -> list[str]:
     for run in runs:
         wanted = run.arguments
         if run.finished:
-            _refuse_other(comparable(json.loads(run.record.read_text())["arguments"]), wanted, run.record)
+            _refuse_other(comparable(load(run.record)["arguments"]), wanted, run.record)
         elif wanted["init_from"] and not Path(wanted["init_from"], "record.json").is_file():
             missing.add(wanted["init_from"])
     return sorted(missing)
@@ -299,13 +333,13 @@ def execute(run: Run, machine: list[str], threads: int | None = None) -> dict:
             if last_complete(str(folder)) is not None:
                 _refuse_other(state.get("arguments", {}), run.arguments, plan)
             record.unlink(missing_ok=True)
-            state = {"arguments": run.arguments, "attempts": 0, "resumed": False}
+            state = {"arguments": run.arguments, "failures": 0, "resumed": False}
         environment = os.environ | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
         for _ in range(2):
             if record.exists():
                 break
             resume = ["--resume_from_checkpoint=last"] if last_complete(str(folder)) is not None else []
-            state |= {"attempts": state["attempts"] + 1, "resumed": bool(resume)}
+            state["resumed"] = bool(resume)
             write_json(plan, state)
             words = [*run.words, f"--output_dir={folder}", "--disable_tqdm=true", *device_flags(), *machine, *resume]
             with open(log, "a") as out:
@@ -315,6 +349,10 @@ def execute(run: Run, machine: list[str], threads: int | None = None) -> dict:
                 )  # fmt: skip
             if done.returncode in (-signal.SIGINT, 128 + signal.SIGINT):
                 raise RuntimeError("interrupted")
+            if done.returncode != 0:
+                state["failures"] += 1
+                write_json(plan, state)
+                tqdm.write(f"{run.name} failed, see {log}", file=sys.stderr)
         if not record.exists():
             raise RuntimeError(f"failed twice; {log} ends in\n{log.read_text()[-800:]}")
         content = json.loads(record.read_text())
@@ -326,7 +364,7 @@ def execute(run: Run, machine: list[str], threads: int | None = None) -> dict:
     # train_runtime is that of the last session
     speed = None if state["resumed"] else content["metrics"]["train_runtime"] / work(run)
     own = {"sweep": run.sweep, "run": run.name, "axes": run.axes, "trial": run.trial}
-    return content | own | {"attempts": state["attempts"], "resumed": state["resumed"], "seconds_per_row": speed}
+    return content | own | {"attempts": state["failures"] + 1, "resumed": state["resumed"], "seconds_per_row": speed}
 
 
 # ---- how long ----
@@ -345,7 +383,7 @@ def estimate(runs: list[Run]) -> dict[Run, float | None]:
     speeds: dict[str, list[float]] = {}
     for folder in {run.record.parents[2 if run.trial else 1] for run in runs}:  # all sweeps of the output_dir
         for path in folder.glob("**/*.json"):
-            record = json.loads(path.read_text())
+            record = load(path)
             if record["seconds_per_row"] is not None:
                 speeds.setdefault(record["axes"]["task_name"], []).append(record["seconds_per_row"])
     anything = [speed for found in speeds.values() for speed in found]
@@ -393,7 +431,7 @@ class Ray:
             if wanted > resources.get(name, 0):
                 raise ValueError(f"the cluster has {resources.get(name, 0):g} {name}s, a run is to have {wanted:g}")
 
-        @ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)
+        @ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=1)  # if a node is lost
         def remote(run: Run, machine: list[str], root: str, threads: int) -> dict:
             os.chdir(root)
             return execute(run, machine, threads) | {"node": ray.get_runtime_context().get_node_id()}
@@ -429,32 +467,45 @@ def do(runs: list[Run], engine: Local | Ray, machine: list[str]) -> list[str]:
     return failures
 
 
-def show(title: str, runs: list[Run], jobs: int) -> None:
-    """The plan: what is done and what is left, by task and method."""
+def show(title: str, runs: list[Run], jobs: int | None, settled: Callable[[str, str], bool]) -> None:
+    """The plan: what is done and what is left, by task and method. Without `jobs` the time is that of all runs."""
     left = [run for run in runs if not run.finished]
     seconds = list(estimate(left).values())
     time = "none" if not left else "unknown until a first run has finished"
     if left and None not in seconds:
-        time = f"about {sum(seconds) / jobs / 3600:.1f} hours with {jobs} at once"
+        how = f"with {jobs} at once" if jobs else "over the runs that the cluster does at once"
+        time = f"about {sum(seconds) / (jobs or 1) / 3600:.1f} hours {how}"
     print(f"{title}: {len(runs)} runs, {len(runs) - len(left)} finished; time left: {time}")
     groups: dict[tuple, list[Run]] = {}
     for run in runs:
         groups.setdefault((run.axes["task_name"], run.axes["method"]), []).append(run)
     for (task, method), mine in groups.items():
-        print(f"  {task:<6}{method:<9}{sum(run.finished for run in mine)}/{len(mine)}  {' '.join(mine[0].words)}")
+        words = " ".join(mine[0].words) + ("" if settled(task, method) else " (a trial's; to be chosen)")
+        print(f"  {task:<6}{method:<9}{sum(run.finished for run in mine)}/{len(mine)}  {words}")
 
 
 def run_sweep(sweep: Sweep, args: argparse.Namespace, machine: list[str]) -> list[str]:
     """The trials, then the runs. Returns what failed, in words."""
     trials = sweep.trials()
-    first: dict[tuple[str, str], dict] = {}  # stands for what is not chosen yet
-    for run in trials:
-        first.setdefault((run.axes["task_name"], run.axes["method"]), run.trial)
-    finals = sweep.finals(lambda *key: first.get(key, {}))
+    choosing: dict[tuple[str, str], list[Run]] = {}
+    for run in sweep.chooser.trials():
+        choosing.setdefault((run.axes["task_name"], run.axes["method"]), []).append(run)
+
+    def settled(task: str, method: str) -> bool:
+        return all(run.finished for run in choosing.get((task, method), []))
+
+    def foreseen(task: str, method: str) -> dict:
+        """What is chosen, or stands for it as long as it is not."""
+        if settled(task, method) and (task, method) in choosing:
+            return sweep.chosen(task, method)
+        return choosing[task, method][0].trial if (task, method) in choosing else {}
+
+    finals = sweep.finals(foreseen)
     missing = check([*trials, *(run for run in finals if not run.finished)])
     if args.dry_run:
-        show("trials", trials, args.jobs)
-        show("runs", finals, args.jobs)
+        jobs = args.jobs if args.engine == "local" else None
+        show("trials", trials, jobs, lambda *key: True)
+        show("runs", finals, jobs, settled)
         if missing:
             print(f"to be finished first: {', '.join(missing)}")
         return []
