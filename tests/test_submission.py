@@ -35,18 +35,35 @@ def submit(folders, output, monkeypatch):
     return submit_glue.main()
 
 
-def test_the_zip(folders, tmp_path, monkeypatch):
+def test_the_zip(folders, tmp_path, monkeypatch, capsys):
     assert submit(folders, tmp_path / "all.zip", monkeypatch) == 0
+    assert "AX.tsv, which counts nothing, is made up" in capsys.readouterr().out
+    # as the hub's copy and the leaderboard count them
+    rows = {"CoLA": 1063, "SST-2": 1821, "MRPC": 1725, "STS-B": 1379, "QQP": 390965, "MNLI-m": 9796, "MNLI-mm": 9847}
+    rows |= {"QNLI": 5463, "RTE": 3000, "WNLI": 146, "AX": 1104}
     with zipfile.ZipFile(tmp_path / "all.zip") as archive:
-        names = ["CoLA", "SST-2", "MRPC", "STS-B", "QQP", "MNLI-m", "MNLI-mm", "QNLI", "RTE", "WNLI"]
-        assert sorted(archive.namelist()) == sorted(f"{name}.tsv" for name in names)
+        assert sorted(archive.namelist()) == sorted(f"{name}.tsv" for name in rows)
         for name in archive.namelist():
             header, *lines = archive.read(name).decode().splitlines()
-            assert header == "index\tprediction" and len(lines) == submit_glue.ROWS[name]
+            assert header == "index\tprediction" and len(lines) == rows[name.removesuffix(".tsv")]
+            assert [line.split("\t")[0] for line in lines] == [str(i) for i in range(len(lines))]
+        assert archive.read("AX.tsv").decode().splitlines()[-1] == "1103\tentailment"
         assert archive.read("RTE.tsv").decode().splitlines()[1:3] == ["0\tentailment", "1\tnot_entailment"]
         assert archive.read("WNLI.tsv").decode().splitlines()[1:3] == ["0\t0", "1\t1"]
         assert archive.read("STS-B.tsv").decode().splitlines()[-1] == "1378\t5.000"  # cut to the scale
     assert [p.name for p in tmp_path.glob("*.zip*")] == ["all.zip"] and not list(tmp_path.glob(".*"))
+
+
+def test_diagnostics_of_ones_own(folders, tmp_path, monkeypatch, capsys):
+    own = tmp_path / "runs" / "mnli" / "AX.tsv"
+    write_submission(own, get_task("mnli"), [2] * 1104)
+    assert submit(folders, tmp_path / "all.zip", monkeypatch) == 0
+    assert "made up" not in capsys.readouterr().out
+    with zipfile.ZipFile(tmp_path / "all.zip") as archive:
+        assert archive.read("AX.tsv") == own.read_bytes() and len(archive.namelist()) == 11
+    write_submission(own, get_task("mnli"), [2] * 1103)
+    with pytest.raises(ValueError, match=r"AX.tsv: 1103 predictions, the test set has 1104 rows"):
+        submit_glue.collect(folders)
 
 
 @pytest.mark.parametrize(

@@ -53,8 +53,9 @@ class ModelArguments:
     init_from: str | None = field(
         default=None,
         metadata={
-            "help": "A finished run of this script (its output_dir): start from its weights under a new head, as the "
-            "paper starts RTE, MRPC and STS-B from MNLI. model_name_or_path stays that of the run."
+            "help": "A finished run of this script (its output_dir): start from its weights under a new head (as "
+            "RTE, MRPC and STS-B from MNLI in the paper [remembered, not re-read]). model_name_or_path stays that of "
+            "the run."
         },
     )
     trust_remote_code: bool = field(
