@@ -9,10 +9,11 @@ Seq2SeqTrainingArguments of Transformers replaced by their sharpness-aware forms
 code and traceback are its own; SCRIPT --help shows the new arguments too, if it parses TrainingArguments.
 """
 
+import io
 import os
-import runpy
 import sys
-from types import TracebackType
+from importlib.machinery import SourceFileLoader
+from types import ModuleType, TracebackType
 
 
 def main() -> None:
@@ -23,26 +24,39 @@ def main() -> None:
     del sys.argv[0]
     script = sys.argv[0]
     if not os.path.isfile(script):
-        raise SystemExit(f"adasam_hf: SCRIPT={script!r} does not exist; give the path of a Python file")
-    from .patching import patch
-
-    patch()
+        raise SystemExit(f"adasam_hf: SCRIPT={script!r} is no file; give the path of a Python file")
+    path = os.path.abspath(script)
     if not sys.flags.safe_path:
-        sys.path[0] = os.path.dirname(os.path.abspath(script))  # as for `python SCRIPT`
+        sys.path[0] = os.path.dirname(os.path.realpath(script))  # as for `python SCRIPT`, and before other imports
+    from .patching import patch, watch_flags
+
+    # Threads and processes that outlive the script look for its names there.
+    module = ModuleType("__main__")
+    module.__dict__.update(__file__=path, __loader__=SourceFileLoader("__main__", path), __package__=None)
+    sys.modules["__main__"] = sys.modules["__mp_main__"] = module
+    patch()
+    watch_flags(sys.argv[1:])
     try:
-        runpy.run_path(script, run_name="__main__")
-    except Exception as error:
-        error.with_traceback(_from(error.__traceback__, script))
-        sys.excepthook(type(error), error, error.__traceback__)
-        raise SystemExit(1) from None
+        with io.open_code(path) as file:
+            exec(compile(file.read(), path, "exec"), module.__dict__)
+    except SystemExit:
+        raise
+    except BaseException as error:  # Ctrl-C, too
+        _show_from(error, path)
+        raise
 
 
-def _from(traceback: TracebackType | None, script: str) -> TracebackType | None:
-    """What of the traceback begins in the script; all of it, if nothing does (a syntax error)."""
-    found = traceback
-    while found is not None and found.tb_frame.f_code.co_filename != script:
+def _show_from(error: BaseException, path: str) -> None:
+    """Have the traceback printed from where the script begins; all of it, if it does not (a syntax error)."""
+    found = error.__traceback__
+    while found is not None and found.tb_frame.f_code.co_filename != path:
         found = found.tb_next
-    return found or traceback
+    show, begin = sys.excepthook, found or error.__traceback__
+
+    def hook(kind: type[BaseException], value: BaseException, _: TracebackType | None) -> None:
+        show(kind, value.with_traceback(begin), begin)
+
+    sys.excepthook = hook
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from . import __version__
 from .distributed import climbs_locally
 from .optim import AdaSAM
@@ -29,13 +31,24 @@ CITATION = """@article{sun2024adasam,
 """
 
 
+PAPER = "https://arxiv.org/abs/2303.00565"
 HEADING = "## Optimizer\n\nFine-tuned with "
+
+
+SAM_CITATION = """@inproceedings{foret2021sharpness,
+  title     = {Sharpness-Aware Minimization for Efficiently Improving Generalization},
+  author    = {Foret, Pierre and Kleiner, Ariel and Mobahi, Hossein and Neyshabur, Behnam},
+  booktitle = {International Conference on Learning Representations},
+  year      = {2021}
+}
+"""
 
 
 def complete(path: Path, trainer: SharpnessAwareTrainerMixin, adasam: AdaSAM | None, rho: float) -> None:
     """Put into the card at `path`, which the Trainer or a library has written, the entries that they cannot know and,
     if the run used AdaSAM or an ascent, a section on them with the paper and its citation. Twice is as once."""
-    if not path.exists():  # sentence-transformers goes on without a card if it fails to make one
+    # sentence-transformers goes on without a card if it fails to make one; nothing is known before training
+    if not path.exists() or trainer.optimizer is None:
         return
     entries = "".join(f"- {key}: {value}\n" for key, value in _entries(trainer, adasam, rho).items())
     # Without the section that an earlier call or run has left.
@@ -54,11 +67,24 @@ def _name(args: SharpnessAwareArgumentsMixin) -> str:
     return str(getattr(args.optim, "value", args.optim))
 
 
+def _used(trainer: SharpnessAwareTrainerMixin) -> torch.optim.Optimizer:
+    return getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # Accelerate wraps it
+
+
+def _base(trainer: SharpnessAwareTrainerMixin) -> str:
+    """What the ascent is around: the optimizer's name, or its class if it was given to the trainer."""
+    own = trainer.args.own_optimizer()
+    used = _used(trainer)
+    return type(used).__qualname__ if own and not isinstance(used, own[0]) else _name(trainer.args)
+
+
 def _entries(trainer: SharpnessAwareTrainerMixin, adasam: AdaSAM | None, rho: float) -> dict[str, object]:
     args = trainer.args
     if adasam is not None:
         group = adasam.param_groups[0]
         how = f"AdaSAM, arXiv:2303.00565, with betas={group['betas']}, epsilon={group['eps']}"
+    elif (base := _base(trainer)) != _name(args):
+        how = f"not in use; {base} was given to the trainer"
     elif _name(args) in SGD_NAMES:
         how = f"SGD with momentum={args.sgd_momentum}"
     else:
@@ -79,18 +105,19 @@ def _entries(trainer: SharpnessAwareTrainerMixin, adasam: AdaSAM | None, rho: fl
 
 def _section(trainer: SharpnessAwareTrainerMixin, adasam: AdaSAM | None, rho: float, entries: str) -> str:
     if rho == 0:
-        method = "AMSGrad, which is [AdaSAM](https://arxiv.org/abs/2303.00565) at radius 0"
+        method = f"AMSGrad, which is [AdaSAM]({PAPER}) at radius 0"
     elif adasam is not None:
-        method = f"[AdaSAM](https://arxiv.org/abs/2303.00565), sharpness-aware minimization, at radius {rho:g}"
+        method = f"[AdaSAM]({PAPER}), sharpness-aware minimization, at radius {rho:g}"
     else:
         sam = "[sharpness-aware minimization](https://arxiv.org/abs/2010.01412)"
-        method = f"{sam} around `{_name(trainer.args)}` at radius {rho:g}"
+        method = f"{sam} around `{_base(trainer)}` at radius {rho:g}, by the steps of [AdaSAM]({PAPER})"
     home = project()
     name = f"[adasam_hf]({home})" if home else "`adasam_hf`"
     text = f"{HEADING}{method}, by {name} {__version__}.\n"
     if entries:
         text += f"\n{entries}"
-    return text if adasam is None else f"{text}\n```bibtex\n{CITATION}```\n"
+    citation = CITATION if adasam is not None else f"{SAM_CITATION}\n{CITATION}"
+    return f"{text}\n```bibtex\n{citation}```\n"
 
 
 def project() -> str | None:

@@ -1,14 +1,14 @@
 """How sharp the loss is around a model's weights."""
 
-import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from typing import Any, overload
 
 import numpy as np
 import torch
-from scipy.sparse.linalg import LinearOperator, eigsh
+from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 from torch import nn
+from torch.utils.data import Subset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from . import rng
@@ -18,8 +18,8 @@ from .perturbation import Perturbation
 @overload
 def sam_gap(model: nn.Module, batches: Iterable[Mapping], rho: float) -> float: ...
 @overload
-def sam_gap(model: nn.Module, batches: Iterable[Mapping], rho: Sequence[float]) -> list[float]: ...
-def sam_gap(model: nn.Module, batches: Iterable[Mapping], rho: float | Sequence[float]) -> float | list[float]:
+def sam_gap(model: nn.Module, batches: Iterable[Mapping], rho: Iterable[float]) -> list[float]: ...
+def sam_gap(model: nn.Module, batches: Iterable[Mapping], rho: float | Iterable[float]) -> float | list[float]:
     r"""Mean over batches of L_B(w + ρ s/‖s‖₂) - L_B(w), s = ∇L_B(w): how much the worst nearby weights lose.
 
     The trainer logs the same quantity for its training batches, with dropout. Here the model is in eval mode, so
@@ -36,7 +36,7 @@ def sam_gap(model: nn.Module, batches: Iterable[Mapping], rho: float | Sequence[
     Raises:
         ValueError: for a bad radius or without batches.
     """
-    radii = list(rho) if isinstance(rho, Sequence) else [rho]
+    radii = [float(radius) for radius in rho] if isinstance(rho, Iterable) else [rho]
     if not radii or not all(radius > 0 for radius in radii):
         raise ValueError(f"rho={rho!r} must be > 0: at radius 0 there is no gap; try 0.05")
     params = [p for p in model.parameters() if p.requires_grad]
@@ -57,22 +57,23 @@ def sam_gap(model: nn.Module, batches: Iterable[Mapping], rho: float | Sequence[
     if not gaps:
         raise ValueError("batches is empty; give at least one")
     means = [sum(column) / len(gaps) for column in zip(*gaps, strict=True)]
-    return means if isinstance(rho, Sequence) else means[0]
+    return means if isinstance(rho, Iterable) else means[0]
 
 
 def average_sharpness(
     model: nn.Module, batches: Sequence[Mapping], rho: float, samples: int = 10, seed: int = 0
 ) -> float:
-    r"""Mean over batches and random directions of L_B(w + ρu) - L_B(w), with u uniform on the unit sphere.
+    r"""Mean over batches and random directions u, ‖u‖₂ = 1, of (L_B(w + ρu) + L_B(w - ρu))/2 - L_B(w).
 
-    How much typical nearby weights lose, where `sam_gap` asks for the worst (to first order). For small radii it is
+    How much typical nearby weights lose, where `sam_gap` asks for the worst (to first order). u and -u go together, so
+    that the slope ρ∇L·u, whose mean is 0 and whose spread is far above what is sought, cancels. For small radii it is
     ρ²·tr(∇²L)/2n with n parameters, so it takes a far larger radius to show anything. (The average-case sharpness of
     arXiv:2302.07011, with a radius in place of a variance.)
 
     Args:
         model, batches: as in `sam_gap`, which each direction sees all of.
         rho: radius > 0, in weight units.
-        samples: directions, at least 1. Cost: samples + 1 forward passes for each batch, and one copy of the weights.
+        samples: directions, at least 1. Cost: 2·samples + 1 forward passes for each batch, and one copy of the weights.
         seed: of the directions.
 
     Returns: the mean rise. The weights are as before, bit for bit.
@@ -93,10 +94,12 @@ def average_sharpness(
         with _evaluating(model), torch.no_grad():
             clean = [float(model(**batch).loss) for batch in batches]
             for _ in range(samples):
-                for p in params:
-                    p.grad = torch.randn(p.shape, generator=generator).to(p)
-                with perturbation.perturbed(rho):
-                    rises += [float(model(**batch).loss) - loss for batch, loss in zip(batches, clean, strict=True)]
+                direction = [torch.randn(p.shape, generator=generator).to(p) for p in params]
+                for sign in (1, -1):
+                    for p, part in zip(params, direction, strict=True):
+                        p.grad = sign * part  # a tensor of its own, which the climb takes away
+                    with perturbation.perturbed(rho):
+                        rises += [float(model(**batch).loss) - loss for batch, loss in zip(batches, clean, strict=True)]
     finally:
         for p, grad in zip(params, held, strict=True):
             p.grad = grad
@@ -113,7 +116,7 @@ def top_eigenvalues(
 
     Args:
         model: called as ``model(**batch)``; its output has ``.loss``. Its attention must have a second derivative,
-            which SDPA has not on a CPU: ``model.set_attn_implementation("eager")``.
+            which that of SDPA has not: ``model.set_attn_implementation("eager")``.
         batches: on the model's device. Cost: about three passes over all of them for each of some 10 to 30 products,
             and 2·count + 1, at least 8, vectors of the model's size in float32.
         count: at least 1.
@@ -123,12 +126,16 @@ def top_eigenvalues(
     Returns: `count` numbers.
 
     Raises:
-        ValueError: without batches, or for a bad count.
+        ValueError: without batches, for a bad count, or where the attention has no second derivative.
     """
-    if not batches or count < 1:
-        raise ValueError(f"count={count!r} must be >= 1, and batches not empty ({len(batches)} given)")
     params = [p for p in model.parameters() if p.requires_grad]
     shapes = [p.numel() for p in params]
+    if not batches or not 1 <= count < sum(shapes):
+        raise ValueError(
+            f"count={count!r} must be at least 1 and below the number of parameters, {sum(shapes)}, and batches not "
+            f"empty ({len(batches)} given)"
+        )
+    refuse_fused_attention(model)
 
     def product(vector: np.ndarray) -> np.ndarray:
         parts = torch.from_numpy(np.ascontiguousarray(vector.ravel(), dtype=np.float32)).split(shapes)
@@ -137,6 +144,8 @@ def top_eigenvalues(
         for batch in batches:
             gradients = torch.autograd.grad(model(**batch).loss, params, create_graph=True, materialize_grads=True)
             slope = sum((g * v).sum() for g, v in zip(gradients, parts, strict=True))
+            if not slope.requires_grad:  # a loss that is linear in w
+                continue
             for t, h in zip(total, torch.autograd.grad(slope, params, materialize_grads=True), strict=True):
                 t += h.detach() / len(batches)
         return torch.cat([t.reshape(-1) for t in total]).float().cpu().numpy()
@@ -147,8 +156,26 @@ def top_eigenvalues(
         hessian = LinearOperator((size, size), matvec=product, dtype=np.float32)
         # SciPy's own choice of 20 basis vectors costs 20 products at least; the top of a Hessian stands out
         basis = max(2 * count + 1, 8)
-        values = eigsh(hessian, k=count, which="LA", ncv=basis, tol=tolerance, v0=start, return_eigenvectors=False)
+        try:
+            values = eigsh(hessian, k=count, which="LA", ncv=basis, tol=tolerance, v0=start, return_eigenvectors=False)
+        except ArpackError:
+            if product(start).any():
+                raise
+            values = np.zeros(count)  # ARPACK takes a Hessian of 0 for a bad start vector
     return sorted(map(float, values), reverse=True)
+
+
+def refuse_fused_attention(model: nn.Module) -> None:
+    """
+    Raises:
+        ValueError: for a Transformers model whose attention has no second derivative in torch.
+    """
+    used = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    if used not in (None, "eager"):
+        raise ValueError(
+            f"attn_implementation={used!r} has no second derivative in torch, which Hessians are made of; load the "
+            "model with attn_implementation='eager', or call model.set_attn_implementation('eager')"
+        )
 
 
 @contextmanager
@@ -168,7 +195,9 @@ def filter_normalized(model: nn.Module, seed: int = 0) -> list[torch.Tensor]:
     r"""A random direction in which the loss landscapes of different models can be compared (arXiv:1712.09913).
 
     Gaussian noise, each filter d_i of which, a row of a matrix or of a convolution's kernel, has the norm of the
-    weights it is for: ‖d_i‖ = ‖w_i‖. Biases and normalization parameters, which have no filters, stay: their part is 0.
+    weights it is for: ‖d_i‖ = ‖w_i‖. (GPT-2's `Conv1D` keeps its matrices the other way round, so there it is the
+    weights of one input that are normalized together.) Biases and normalization parameters, which have no filters,
+    stay: their part is 0.
 
     Returns: one tensor for each trainable parameter, in order, on its device. The same seed gives models of the same
     shapes the same noise.
@@ -201,7 +230,12 @@ def loss_along(
         coefficients: points, each with as many numbers as there are directions.
 
     Returns: one loss for each point. The weights are as before, bit for bit.
+
+    Raises:
+        ValueError: without batches.
     """
+    if not batches:
+        raise ValueError("batches is empty; give at least one")
     params = [p for p in model.parameters() if p.requires_grad]
     saved = [p.detach().clone() for p in params]
     losses = []
@@ -238,6 +272,10 @@ class SharpnessCallback(TrainerCallback):
         batches: how many of the trainer's evaluation batch size. Cost of each at every evaluation: see `sam_gap` and
             `top_eigenvalues`.
         eigenvalue: whether to measure the Hessian's largest eigenvalue, too.
+
+    Raises:
+        ValueError: for bad values, and before training without a training set of known length or where there is no
+            second derivative for the eigenvalue.
     """
 
     def __init__(
@@ -246,16 +284,30 @@ class SharpnessCallback(TrainerCallback):
         if not radii or not all(rho > 0 for rho in radii) or batches < 1:
             raise ValueError(f"radii={radii!r} must be some numbers > 0, and batches={batches!r} at least 1")
         self.trainer, self.radii, self.count, self.eigenvalue = trainer, tuple(radii), batches, eigenvalue
+        self._measured: int | None = None  # the step of the last measurement
+
+    def on_train_begin(  # type: ignore[override]
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        """Refuse what could not be measured at the first evaluation."""
+        if not isinstance(self.trainer.train_dataset, Sized):
+            raise ValueError("SharpnessCallback measures training rows; give the trainer a train_dataset with a length")
+        if self.eigenvalue:
+            refuse_fused_attention(model)
+        self._measured = None
 
     def on_evaluate(  # type: ignore[override]  # Transformers passes the model by its name
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        """Measure and log."""
+        """Measure and log, once for each step (with several evaluation sets there are as many evaluations)."""
+        if self._measured == state.global_step:
+            return
+        self._measured = state.global_step
         gradients = {p: p.grad for p in model.parameters()}
         with rng.replay(rng.capture()):  # even to begin a loader draws a number
             # in order, and never cached; a trainer that trains has a training set
-            loader = self.trainer.get_test_dataloader(self.trainer.train_dataset)  # type: ignore[arg-type]
-            batches = [self.trainer._prepare_inputs(batch) for batch in itertools.islice(loader, self.count)]
+            loader = self.trainer.get_test_dataloader(self._first_rows())
+            batches = [self.trainer._prepare_inputs(batch) for batch in loader]  # to its end: Accelerate counts on that
             gaps = sam_gap(model, batches, self.radii)
             values = {f"sharpness/gap_{rho:g}": gap for rho, gap in zip(self.radii, gaps, strict=True)}
             if self.eigenvalue:
@@ -263,3 +315,10 @@ class SharpnessCallback(TrainerCallback):
         for p, gradient in gradients.items():
             p.grad = gradient
         self.trainer.log(values)
+
+    def _first_rows(self) -> Any:
+        rows: Any = self.trainer.train_dataset
+        # With several processes a loader deals its batches out in turn.
+        args = self.trainer.args
+        count = min(len(rows), self.count * args.eval_batch_size * args.world_size)
+        return rows.select(range(count)) if hasattr(rows, "select") else Subset(rows, range(count))

@@ -3,6 +3,7 @@
 import functools
 import inspect
 import os
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,6 +79,7 @@ class SharpnessAwareTrainerMixin(_Base):
     _default_arguments: type[SharpnessAwareArgumentsMixin] = AdaSAMTrainingArguments
     _passes: list[tuple[dict[str, Any], rng.RandomState]]
     _carry: dict[nn.Parameter, Tensor]
+    _left: list[tuple[nn.Parameter, Tensor | None, int | None]]  # gradients as the ascent has left them
 
     def __init__(
         self,
@@ -98,7 +100,8 @@ class SharpnessAwareTrainerMixin(_Base):
         self._chosen: list[nn.Parameter] | None = None  # that may climb; None for all
         self._direction: Direction | None = None  # of the coming step; None for a plain one
         self._rho_share = 1.0  # of the radii, in the coming step
-        self._window_size = 0
+        self._refused = False  # whether `refuse_unsupported` has looked at this trainer
+        self._window_size, self._window_step = 0, 0  # micro-batches of the present window, and its global step
         self._due = False  # whether the present window is to climb and our training_step has not been called yet
         self._ascent_items: Tensor | int | None = None  # `num_items_in_batch` of the rows that the ascent sees
         self._tally = doctor.Tally()
@@ -118,9 +121,14 @@ class SharpnessAwareTrainerMixin(_Base):
         """As in Transformers; refuses what is not supported before anything is wrapped or trained."""
         optimizer = super().create_optimizer(*args, **kwargs)
         if any(self._resolve_radii()):
+            self._refuse()
+        return optimizer
+
+    def _refuse(self) -> None:
+        if not self._refused:  # a create_optimizer of one's own may not have come here
             refuse_unsupported(self)
             choose_parameters(self.model, self.args.sam_parameters)  # or say now that there are none
-        return optimizer
+        self._refused = True
 
     def _own_adasam(self) -> AdaSAM | None:
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # Accelerate wraps it
@@ -136,13 +144,17 @@ class SharpnessAwareTrainerMixin(_Base):
         """Fix the radii. Runs before the first step, when a checkpoint may have brought another radius along."""
         self._radii = self._resolve_radii()
         if any(self._radii):
-            _refuse_overrides(type(self))
+            self._refuse()
+            _refuse_overrides(type(self), self.args)
         self._chosen = choose_parameters(self.model, self.args.sam_parameters) if any(self._radii) else None
         self._perturbation = Perturbation(self.optimizer, self._chosen)
         self._own_direction = DIRECTIONS[self.args.resolved_direction](self.optimizer)
         self._last = Last(self.optimizer)
         self._first_step, self._updated = self.state.global_step, False
         self._tally = doctor.Tally()
+        own, used = self.args.own_optimizer(), getattr(self.optimizer, "optimizer", self.optimizer)
+        if own and not isinstance(used, own[0]):
+            logger.warning(f"optim={self.args.optim} is not in use: the trainer was given a {type(used).__qualname__}")
         if adasam := self._own_adasam():
             for group, rho in zip(adasam.param_groups, self._radii, strict=True):
                 if group["rho"] != rho:
@@ -220,7 +232,7 @@ class SharpnessAwareTrainerMixin(_Base):
             self._start_perturbing()
         self._check_climbed()
         samples, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
-        self._window_size = len(samples)
+        self._window_size, self._window_step = len(samples), self.state.global_step
         self._forget_window()
         self._plan_step()
         # An unsized dataset that has run out goes on to give windows without a micro-batch.
@@ -232,6 +244,13 @@ class SharpnessAwareTrainerMixin(_Base):
         return samples, num_items_in_batch
 
     def _check_climbed(self) -> None:
+        """After a window: whether it has been gone through to its end."""
+        if self._passes and self._window_size and self.state.global_step > self._window_step:
+            raise RuntimeError(
+                f"{type(self).__qualname__} called the training_step of SharpnessAwareTrainerMixin for "
+                f"{len(self._passes)} of the {self._window_size} micro-batches of a step, which so has no second pass; "
+                "call it for each, set sam_scope='microbatch', or set sam_rho=0"
+            )
         if self._due:
             raise RuntimeError(
                 f"{type(self).__qualname__} did not call the training_step of SharpnessAwareTrainerMixin in a step "
@@ -257,18 +276,32 @@ class SharpnessAwareTrainerMixin(_Base):
             self._tally.climbed(max(self._radii) * self._rho_share, self._perturbation.applied)
             return loss
 
-        if not self._passes:
+        if self._passes:
+            self._check_gradients()
+        else:
             # Gradients from before this window (an unsized dataset can end in a window without an update, in stock
             # too) belong to the coming update, not to the ascent.
             self._carry = _take_gradients(model)
         loss = self._ascent_pass(model, inputs, *args, **kwargs)
         if self.args.sam_scope == "microbatch" or len(self._passes) >= self._window_size:
             self._descent_passes(model, *args, **kwargs)
+        else:
+            self._left = [(p, p.grad, _version(p.grad)) for p in model.parameters()]
         return loss
+
+    def _check_gradients(self) -> None:
+        """That nobody has changed what the ascent of this window has gathered so far."""
+        if any(p.grad is not grad or _version(grad) != version for p, grad, version in self._left):
+            raise RuntimeError(
+                f"gradients have changed between two micro-batches of one step, in {type(self).__qualname__}."
+                "training_step or a callback; in sam_scope='batch' they are the ascent's, which is thrown away. Add to "
+                "the loss in compute_loss, set sam_scope='microbatch', or set sam_rho=0"
+            )
 
     def _ascent_pass(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """The stock step at w, on the rows and for the parameters that the ascent looks at. Returns its loss."""
         self._passes.append((inputs, rng.capture()))
+        before = _versions(inputs)
         if (share := self.args.resolved_ascent_fraction) < 1:
             inputs, args, kwargs = take_rows(inputs, share), (), {"num_items_in_batch": self._ascent_items}
         # DistributedDataParallel would wait for gradients that are not computed: the chosen go by themselves, later.
@@ -279,6 +312,12 @@ class SharpnessAwareTrainerMixin(_Base):
         except BaseException:
             self._forget_window()  # or a later call by hand would replay this micro-batch
             raise
+        if changed := [key for key, version in _versions(inputs).items() if version != before[key]]:
+            self._forget_window()
+            raise RuntimeError(
+                f"compute_loss of {type(self).__qualname__}, or the model, changes inputs {changed} in place, so that "
+                "the second pass would see another batch; change a copy, or set sam_rho=0"
+            )
         self._tally.clean_loss += loss
         return loss
 
@@ -316,6 +355,7 @@ class SharpnessAwareTrainerMixin(_Base):
     def _forget_window(self) -> None:
         self._passes = []
         self._carry = {}
+        self._left = []
 
     # ---- checkpoints ----
 
@@ -393,14 +433,28 @@ class SharpnessAwareTrainerMixin(_Base):
             card.complete(Path(self.args.output_dir, "README.md"), self, self._own_adasam(), rho)
 
 
-def _refuse_overrides(kind: type[SharpnessAwareTrainerMixin]) -> None:
+# Their training_step keeps nothing for a micro-batch that the second pass reads.
+_KNOWN = ("trl", "sentence_transformers", "setfit", __package__)
+
+
+def _refuse_overrides(kind: type[SharpnessAwareTrainerMixin], args: SharpnessAwareArgumentsMixin) -> None:
     """Trainers whose own code would make another thing of the two passes, and say nothing."""
     for cls in kind.__mro__[: kind.__mro__.index(SharpnessAwareTrainerMixin)]:
-        step = inspect.unwrap(vars(cls).get("training_step", None))
-        if inspect.isfunction(step) and "training_step" not in step.__code__.co_names:
-            raise NotImplementedError(
-                f"{cls.__module__}.{cls.__qualname__} overrides training_step without super().training_step(...), so "
-                "no step would climb; call it there, move the change to compute_loss, or set sam_rho=0"
+        functions = [f for f in map(inspect.unwrap, vars(cls).values()) if inspect.isfunction(f)]
+        called = {name for f in functions for name in f.__code__.co_names}  # a helper may call it
+        for name, remedy in (("training_step", "move the change to compute_loss"), ("get_batch_samples", "leave it")):
+            if name in vars(cls) and name not in called:
+                raise NotImplementedError(
+                    f"{cls.__module__}.{cls.__qualname__} overrides {name} without super().{name}(...), so no step "
+                    f"would climb as it should; call it there, {remedy}, or set sam_rho=0"
+                )
+        window = args.gradient_accumulation_steps > 1 and args.sam_scope == "batch"
+        if window and "training_step" in vars(cls) and cls.__module__.partition(".")[0] not in _KNOWN:
+            logger.warning(
+                f"{cls.__module__}.{cls.__qualname__} overrides training_step: with gradient_accumulation_steps="
+                f"{args.gradient_accumulation_steps} all second passes are taken inside the call for the last "
+                "micro-batch. If it keeps something for each micro-batch that compute_loss reads, they see the last "
+                "one's; then set sam_scope='microbatch'"
             )
     if kind._prepare_inputs is not Trainer._prepare_inputs:
         # As in trl's GRPOTrainer, which makes new completions there: the second pass would see other data.
@@ -408,6 +462,15 @@ def _refuse_overrides(kind: type[SharpnessAwareTrainerMixin]) -> None:
             f"{kind.__module__}.{kind.__qualname__} overrides _prepare_inputs, which would run in both passes, the "
             "second time at the perturbed weights; set sam_rho=0"
         )
+
+
+def _version(tensor: Tensor | None) -> int | None:
+    """A number that rises with every change in place."""
+    return None if tensor is None or tensor.is_inference() else tensor._version
+
+
+def _versions(inputs: Any) -> dict[str, int | None]:
+    return {k: _version(v) for k, v in inputs.items() if isinstance(v, Tensor)} if isinstance(inputs, Mapping) else {}
 
 
 def _take_gradients(model: nn.Module) -> dict[nn.Parameter, Tensor]:

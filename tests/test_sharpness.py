@@ -1,13 +1,17 @@
 import json
+import statistics
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import Plain, Sharp, flat, load_script, make_model, make_rows
 from torch import nn
+from torch.utils.tensorboard import SummaryWriter
 from transformers import AutoTokenizer, BertForSequenceClassification
+from transformers.integrations import TensorBoardCallback
 
 from adasam_hf.sharpness import (
     SharpnessCallback,
@@ -124,12 +128,100 @@ def test_average_sharpness_of_a_quadratic():
     assert got == average_sharpness(model, batches, rho=0.5, samples=4000)
     assert got != average_sharpness(model, batches, rho=0.5, samples=4000, seed=1)
     assert torch.equal(flat(model), before)
+
+    # Away from a minimum the slope is far above the curvature, and a few samples must do.
+    with torch.no_grad():
+        model.w.fill_(3.0)
+    before = flat(model)
+    small = 0.01**2 * 21 / 2 / 8
+    found = [average_sharpness(model, batches, rho=0.01, seed=seed) for seed in range(40)]
+    assert statistics.mean(found) == pytest.approx(small, rel=0.1) and statistics.stdev(found) < small / 3
+    assert torch.equal(flat(model), before)
+    generator = torch.Generator().manual_seed(0)
+    one_sided = []  # the control: without -u
+    for _ in range(40):
+        u = torch.nn.functional.normalize(torch.randn(10, 8, generator=generator), dim=1)[:, :6].double()
+        w = torch.full((6,), 3.0).double()
+        losses = [0.5 * (w + 0.01 * v) @ a @ (w + 0.01 * v) - 0.5 * w @ a @ w for v in u]
+        one_sided.append(float(sum(losses)) / 10)
+    assert statistics.stdev(one_sided) > 20 * small
     for bad in ({"rho": 0.0}, {"rho": 0.5, "samples": 0}):
         with pytest.raises(ValueError, match="must be > 0"):
             average_sharpness(model, batches, **bad)
 
 
+# ---- errors ----
+
+
+def test_obscure_arguments():
+    model, rows = make_model("bert"), batches()
+    assert sam_gap(model, rows, np.array([0.01, 0.1])) == sam_gap(model, rows, (0.01, 0.1))
+    with pytest.raises(ValueError, match="batches is empty"):
+        loss_along(model, [], [], [()])
+    eager = make_model("bert", attn_implementation="eager")
+    size = sum(p.numel() for p in eager.parameters())
+    with pytest.raises(
+        ValueError, match=rf"count={size} must be at least 1 and below the number of parameters, {size}"
+    ):
+        top_eigenvalues(eager, rows, count=size)
+    with pytest.raises(ValueError, match=r"'sdpa' has no second derivative.*set_attn_implementation\('eager'\)"):
+        top_eigenvalues(make_model("bert", attn_implementation="sdpa"), rows)
+
+
+def test_a_linear_loss_has_no_curvature():
+    class Linear(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = torch.nn.Parameter(torch.ones(12))
+
+        def forward(self, x):
+            return SimpleNamespace(loss=(self.w * x).sum())
+
+    assert top_eigenvalues(Linear(), [{"x": torch.ones(12)}]) == [pytest.approx(0.0, abs=1e-6)]
+
+
 # ---- during training ----
+
+
+def test_the_callback_refuses_before_training(build):
+    trainer = build(Plain, make_model("bert", attn_implementation="sdpa"))
+    trainer.add_callback(SharpnessCallback(trainer, eigenvalue=True))
+    with pytest.raises(ValueError, match="has no second derivative"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    trainer = build(Plain, make_model("bert"), Stream(), max_steps=2)
+    trainer.add_callback(SharpnessCallback(trainer))
+    with pytest.raises(ValueError, match="a train_dataset with a length"):
+        trainer.train()
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(make_rows(8))
+
+
+def test_the_callback_measures_once_for_each_step(build, tmp_path):
+    """However many evaluation sets there are; and what it logs is in TensorBoard's files."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    flags = {"eval_strategy": "steps", "eval_steps": 2, "max_steps": 4}
+
+    class Evaluated(Plain):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, eval_dataset={"one": make_rows(4), "two": make_rows(8)}, **kwargs)
+
+    trainer = build(Evaluated, make_model("bert"), make_rows(16), **flags)
+    trainer.add_callback(SharpnessCallback(trainer, batches=1))
+    trainer.add_callback(TensorBoardCallback(SummaryWriter(tmp_path / "board")))
+    trainer.train()
+    entries = [entry for entry in trainer.state.log_history if "sharpness/gap_0.05" in entry]
+    assert [entry["step"] for entry in entries] == [2, 4]
+    board = EventAccumulator(str(tmp_path / "board"))
+    board.Reload()
+    shown = [(event.step, event.value) for event in board.Scalars("train/sharpness/gap_0.05")]
+    assert shown == [(e["step"], pytest.approx(e["sharpness/gap_0.05"])) for e in entries]
+    # no loader of the callback's is left where Accelerate looks for the one that trains
+    assert len(trainer.accelerator.gradient_state.dataloader_references) <= 1
 
 
 @pytest.mark.parametrize("kind", [Plain, Sharp])

@@ -684,3 +684,130 @@ def test_overrides_that_would_undo_the_ascent_are_refused(build):
     assert sum("begun" in entry for entry in trainer.state.log_history) == trainer.state.global_step
     for kind in (MakesData, Pretends):
         build(kind, make_model("bert"), optim="amsgrad").train()
+
+
+# ---- trainers with steps of their own ----
+
+
+class Adds(Sharp):
+    """Adds to the gradients after the step, as adversarial training does."""
+
+    def training_step(self, model, *args, **kwargs):
+        loss = super().training_step(model, *args, **kwargs)
+        for p in model.parameters():
+            p.grad.add_(0.1)
+        return loss
+
+
+class Replaces(Sharp):
+    def training_step(self, model, *args, **kwargs):
+        loss = super().training_step(model, *args, **kwargs)
+        for p in model.parameters():
+            p.grad = p.grad + 0.1
+        return loss
+
+
+WINDOW = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "max_steps": 2}
+
+
+@pytest.mark.parametrize("kind", [Adds, Replaces])
+def test_gradients_of_others_are_not_thrown_away(build, kind):
+    """In scope batch they would go into the ascent's gradient only."""
+    with pytest.raises(
+        RuntimeError, match=rf"gradients have changed between.*{kind.__name__}.training_step.*microbatch"
+    ):
+        build(kind, make_model("bert"), sam_rho=0.05, **WINDOW).train()
+    found = []
+    for rho in (0.0, 1e-9):  # where they are kept, a tiny radius is none
+        for more in ({"gradient_accumulation_steps": 1}, {"sam_scope": "microbatch"}):
+            trainer = build(kind, make_model("bert"), **(WINDOW | more), sam_rho=rho, optim="adasam")
+            trainer.train()
+            found.append(flat(trainer.model))
+    assert torch.allclose(found[0], found[2], atol=1e-7) and torch.allclose(found[1], found[3], atol=1e-7)
+    plain = build(
+        Sharp, make_model("bert"), **(WINDOW | {"gradient_accumulation_steps": 1}), sam_rho=1e-9, optim="adasam"
+    )
+    plain.train()
+    assert not torch.allclose(found[2], flat(plain.model), atol=1e-7)
+
+
+def test_a_window_without_its_second_pass_is_an_error(build):
+    class Skips(Sharp):
+        calls = 0
+
+        def training_step(self, model, inputs, *args, **kwargs):
+            self.calls += 1
+            if self.calls % 2 == 0:
+                return torch.zeros(())
+            return super().training_step(model, inputs, *args, **kwargs)
+
+    for steps in (1, 2):  # noticed at the log or at the next window
+        with pytest.raises(RuntimeError, match=r"Skips called the training_step .* for 1 of the 2 micro-batches"):
+            build(Skips, make_model("bert"), sam_rho=0.05, logging_steps=steps, **WINDOW).train()
+    build(Skips, make_model("bert"), sam_rho=0.0, **WINDOW).train()
+
+
+def test_inputs_that_change_in_place_are_an_error(build):
+    class Changes(Sharp):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            inputs["input_ids"].clamp_(max=20)
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    for scope in ("batch", "microbatch"):
+        with pytest.raises(
+            RuntimeError, match=r"compute_loss of .*Changes, or the model, changes inputs \['input_ids'\]"
+        ):
+            build(Changes, make_model("bert"), sam_rho=0.05, sam_scope=scope, **WINDOW).train()
+    build(Changes, make_model("bert"), sam_rho=0.0, **WINDOW).train()
+
+
+def test_an_override_is_warned_of_where_its_state_could_mislead(build, caplog):
+    class Keeps(Sharp):
+        def training_step(self, *args, **kwargs):
+            return super().training_step(*args, **kwargs)
+
+    def warned(**more):
+        caplog.clear()
+        build(Keeps, make_model("bert"), sam_rho=0.05, **(WINDOW | more)).train()
+        return "Keeps overrides training_step: with gradient_accumulation_steps=2" in caplog.text
+
+    assert warned()
+    assert not warned(sam_scope="microbatch") and not warned(gradient_accumulation_steps=1)
+
+
+def test_overrides_through_a_helper_and_of_the_window(build):
+    class Helped(Sharp):
+        def training_step(self, *args, **kwargs):
+            return self._go(*args, **kwargs)
+
+        def _go(self, *args, **kwargs):
+            return super().training_step(*args, **kwargs)
+
+    trainer = build(Helped, make_model("bert"), sam_rho=0.05)
+    trainer.train()
+    assert trainer.state.log_history[0]["sam_rho"] == 0.05
+
+    class Windows(Sharp):
+        def get_batch_samples(self, iterator, count, device):
+            return [next(iterator) for _ in range(count)], None
+
+    with pytest.raises(NotImplementedError, match=r"Windows overrides get_batch_samples without super"):
+        build(Windows, make_model("bert"), sam_rho=0.05, **WINDOW).train()
+
+
+def test_a_create_optimizer_of_ones_own_bypasses_no_refusal(build, monkeypatch, caplog):
+    class Own(Sharp):
+        def create_optimizer(self, *args, **kwargs):
+            self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3)
+            return self.optimizer
+
+    build(Own, make_model("bert"), optim="adasam", max_steps=1).train()
+    assert "optim=adasam is not in use: the trainer was given a SGD" in caplog.text
+
+    def refuse(trainer):
+        raise NotImplementedError("refused")
+
+    monkeypatch.setattr("adasam_hf.trainer.refuse_unsupported", refuse)
+    with pytest.raises(NotImplementedError, match="refused"):
+        build(Own, make_model("bert"), optim="adasam", max_steps=1).train()
+    build(Own, make_model("bert"), max_steps=1).train()  # at radius 0 nothing is refused
