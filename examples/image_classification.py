@@ -41,7 +41,7 @@ def main() -> AdaSAMTrainer:
         return {"pixel_values": pixels, "labels": torch.stack([row["label"] for row in batch])}
 
     trainer = AdaSAMTrainer(model, args, collate, rows)
-    # This head does not divide its loss by num_items_in_batch: see "accumulation" in the README.
+    # This head does not divide its loss by num_items_in_batch: see docs/existing-script.md.
     trainer.model_accepts_loss_kwargs = False
     trainer.train()
     trainer.save_model()

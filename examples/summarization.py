@@ -40,7 +40,7 @@ def main() -> AdaSAMSeq2SeqTrainer:
     trainer = AdaSAMSeq2SeqTrainer(
         model, args, DataCollatorForSeq2Seq(tokenizer, model), rows["train"], rows["validation"], tokenizer
     )
-    # This head does not divide its loss by num_items_in_batch: see "accumulation" in the README.
+    # This head does not divide its loss by num_items_in_batch: see docs/existing-script.md.
     trainer.model_accepts_loss_kwargs = False
     trainer.train()
     trainer.log_metrics("eval", trainer.evaluate(max_length=ours.max_target_length))

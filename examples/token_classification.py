@@ -49,7 +49,7 @@ def main() -> AdaSAMTrainer:
     trainer = AdaSAMTrainer(
         model, args, DataCollatorForTokenClassification(tokenizer), rows["train"], rows["validation"], tokenizer
     )
-    # This head does not divide its loss by num_items_in_batch: see "accumulation" in the README.
+    # This head does not divide its loss by num_items_in_batch: see docs/existing-script.md.
     trainer.model_accepts_loss_kwargs = False
     trainer.train()
     trainer.log_metrics("eval", trainer.evaluate())

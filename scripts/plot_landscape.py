@@ -38,6 +38,8 @@ def read_batches(args: argparse.Namespace, tokenizer, names: list[str]) -> list[
     else:
         data = load_task(task, args.dataset_name_or_path, ["train"])
     wanted = [name.lower() for name in task.labels]
+    if len(names) != max(len(wanted), 1):
+        raise ValueError(f"a checkpoint has {len(names)} labels, {names}, and the rows have {len(wanted)}, {wanted}")
     if sorted(names) == sorted(wanted) and names != wanted:
         raise ValueError(
             f"a checkpoint has its labels in the order {names}, the rows in {wanted}: losses would be wrong"
@@ -72,10 +74,12 @@ def plot(found: dict[str, dict], args: argparse.Namespace) -> None:
     line = np.linspace(-args.extent, args.extent, args.points)
     grid = np.linspace(-args.extent, args.extent, args.grid)
     values = np.concatenate([losses["plane"] for losses in found.values()])
-    levels = np.geomspace(max(values.min(), 1e-6), values.max(), 16)
+    values = values[np.isfinite(values)]
+    low = max(values.min(), 1e-6)
+    levels = np.geomspace(low, max(values.max(), 1.01 * low), 16)  # distinct, also for a flat loss
     for axis, (name, losses) in zip(axes[1:], found.items(), strict=True):
         axes[0].plot(line, losses["line"], label=name)
-        plane = np.reshape(losses["plane"], (args.grid, args.grid))
+        plane = np.ma.masked_invalid(np.reshape(losses["plane"], (args.grid, args.grid)))
         filled = axis.contourf(grid, grid, plane, levels=levels, norm=matplotlib.colors.LogNorm(), extend="both")
         axis.plot(0, 0, "x", color="white")
         axis.set(title=name, xlabel="first direction", aspect="equal")
@@ -111,6 +115,8 @@ def main() -> int:
         names = [path.name for path in args.checkpoints]
         names = names if len(set(names)) == len(names) else [str(path) for path in args.checkpoints]
         found = {name: measure(path, args) for name, path in zip(names, args.checkpoints, strict=True)}
+        if lost := [name for name, losses in found.items() if not np.isfinite(losses["line"]).any()]:
+            raise ValueError(f"the loss of {', '.join(lost)} is no number anywhere; has its training diverged?")
     except (ValueError, OSError) as error:
         parser.error(str(error))
     write_json(args.output.with_suffix(".json"), {**provenance(), "arguments": vars(args), "losses": found})

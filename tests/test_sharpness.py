@@ -1,4 +1,5 @@
 import json
+import math
 import statistics
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from conftest import Plain, Sharp, flat, load_script, make_model, make_rows
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
-from transformers import AutoTokenizer, BertForSequenceClassification
+from transformers import AutoTokenizer, BertForSequenceClassification, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
 from adasam_hf.sharpness import (
@@ -211,6 +212,13 @@ def test_the_callback_measures_once_for_each_step(build, tmp_path):
             super().__init__(*args, eval_dataset={"one": make_rows(4), "two": make_rows(8)}, **kwargs)
 
     trainer = build(Evaluated, make_model("bert"), make_rows(16), **flags)
+    seen = []
+
+    class Looks(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            seen.append(trainer.accelerator.gradient_state.active_dataloader)
+
+    trainer.add_callback(Looks())
     trainer.add_callback(SharpnessCallback(trainer, batches=1))
     trainer.add_callback(TensorBoardCallback(SummaryWriter(tmp_path / "board")))
     trainer.train()
@@ -220,8 +228,7 @@ def test_the_callback_measures_once_for_each_step(build, tmp_path):
     board.Reload()
     shown = [(event.step, event.value) for event in board.Scalars("train/sharpness/gap_0.05")]
     assert shown == [(e["step"], pytest.approx(e["sharpness/gap_0.05"])) for e in entries]
-    # no loader of the callback's is left where Accelerate looks for the one that trains
-    assert len(trainer.accelerator.gradient_state.dataloader_references) <= 1
+    assert len(set(seen)) == 1 and len(seen) == 4  # Accelerate goes on to see the loader that trains
 
 
 @pytest.mark.parametrize("kind", [Plain, Sharp])
@@ -315,3 +322,17 @@ def test_the_picture(tiny, files, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         plot_landscape.main()
     assert "--train_file" in capsys.readouterr().err
+    three = tmp_path / "three.csv"
+    three.write_text("sentence,label\none,a\ntwo,b\nthree,c\n")
+    monkeypatch.setattr(sys, "argv", ["plot_landscape.py", tiny, f"--train_file={three}"])
+    with pytest.raises(SystemExit):
+        plot_landscape.main()
+    assert "a checkpoint has 2 labels" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("losses", [[0.5] * 4, [0.5, math.nan, math.inf, 0.7]])
+def test_pictures_of_odd_losses(tmp_path, losses):
+    plot_landscape = load_script("plot_landscape")
+    args = SimpleNamespace(extent=0.5, points=3, grid=2, output=tmp_path / "odd.png")
+    plot_landscape.plot({"one": {"line": losses[:3], "plane": losses}}, args)
+    assert args.output.stat().st_size > 5000
