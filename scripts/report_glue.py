@@ -595,7 +595,8 @@ def origin(records: Sequence[dict]) -> str:
         return ", ".join(sorted({str(v) for v in values}))
 
     commits = unique((r["commit"] or "unknown")[:12] + (" (with changes)" if r["dirty"] else "") for r in records)
-    versions = unique(", ".join(f"{k} {v}" for k, v in r["versions"].items()) for r in records)
+    packages = sorted({package for r in records for package in r["versions"]})
+    versions = "; ".join(f"{p} {unique(r['versions'][p] for r in records if p in r['versions'])}" for p in packages)
     machines = unique(", ".join(r["hardware"]["accelerators"]) or f"{r['hardware']['cpus']} CPU cores" for r in records)
     hours = sum(r["metrics"]["train_runtime"] for r in records) / 3600  # of resumed runs, the last part
     again = sum(r["attempts"] > 1 for r in records)
