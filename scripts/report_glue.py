@@ -433,6 +433,7 @@ def plot_radii(trials: Sequence[dict], runs: Sequence[dict], path: Path) -> None
             if found:
                 x = sorted(found)
                 deviations = [np.std(found[r], ddof=1) if len(found[r]) > 1 else 0.0 for r in x]
+                axes[1][column].set_ylabel("score on the validation set")
                 axes[1][column].errorbar(x, [np.mean(found[r]) for r in x], deviations, capsize=3, label=name(method))
         if runs and not any(r["axes"]["task_name"] == task for r in runs):
             axes[1][column].remove()
@@ -442,8 +443,6 @@ def plot_radii(trials: Sequence[dict], runs: Sequence[dict], path: Path) -> None
             if axis.get_legend_handles_labels()[0]:
                 axis.legend(fontsize=7)
     axes[0][0].set_ylabel("score on held-out rows")
-    if runs:
-        axes[1][0].set_ylabel("score on the validation set")
     save(figure, path)
 
 
