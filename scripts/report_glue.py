@@ -295,8 +295,8 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def spread(values: dict[int, float], digits: int = 2) -> str:
-    """Mean ± standard deviation [interval of the mean], and how many have diverged."""
+def spread(values: dict[int, float], digits: int = 2, full: int = 0) -> str:
+    """Mean ± standard deviation [interval of the mean], how many have diverged, how many seeds, if not `full`."""
     if not values:
         return "–"
     finite = [value for value in values.values() if not math.isnan(value)]
@@ -304,6 +304,8 @@ def spread(values: dict[int, float], digits: int = 2) -> str:
     if not finite:
         return lost
     mean, lost = f"{statistics.mean(finite):.{digits}f}", lost and f", {lost}"
+    if 1 < len(values) < full:
+        lost += f", {len(values)} seeds"
     if len(finite) == 1:
         return f"{mean} (one seed{lost})"
     low, high = bootstrap(finite)
@@ -312,11 +314,12 @@ def spread(values: dict[int, float], digits: int = 2) -> str:
 
 def table(grid: Grid, value: Callable[[dict], float] = score, digits: int = 2) -> str:
     """Methods × tasks and their average: mean ± standard deviation over seeds."""
+    full = len({seed for _, _, seed in grid.runs})
     rows = [
         [
             name(method),
-            *(spread(grid.values(task, method, value), digits) for task in grid.tasks),
-            spread(grid.average(method, value), digits),
+            *(spread(grid.values(task, method, value), digits, full) for task in grid.tasks),
+            spread(grid.average(method, value), digits, full),
         ]
         for method in grid.methods
     ]

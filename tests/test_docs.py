@@ -1,6 +1,7 @@
 """README, CONTRIBUTING and docs/: their links lead somewhere, their Python runs, their commands exist."""
 
 import configparser
+import importlib.util
 import re
 import shlex
 import subprocess
@@ -136,8 +137,10 @@ def check(words: list[str], capsys, monkeypatch) -> None:
         known = flags_of(words[1], capsys, monkeypatch)
         for flag in (word.split("=")[0] for word in words if word.startswith("--")):
             assert re.search(rf"{flag}\b", known), f"{words[1]} has no {flag}"
+    elif (program, words[1]) == ("python", "-m"):
+        assert importlib.util.find_spec(words[2]), words
     else:
-        assert (program, words[1]) in {("mkdocs", "serve"), ("git", "tag"), ("python", "-m")}, words
+        assert (program, words[1]) in {("mkdocs", "serve"), ("git", "tag")}, words
 
 
 @pytest.mark.parametrize("page", [page for page, text in PAGES.items() if blocks(text, "bash")])
@@ -149,7 +152,14 @@ def test_commands(page, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "line", ["make nothing", "pip install -e '.[nothing]'", "python scripts/run_glue.py --sam_rhoo 1", "rm -rf x"]
+    "line",
+    [
+        "make nothing",
+        "pip install -e '.[nothing]'",
+        "python scripts/run_glue.py --sam_rhoo 1",
+        "rm -rf x",
+        "python -m nothing",
+    ],
 )
 def test_commands_that_do_not_exist_are_found(line, capsys, monkeypatch):
     with pytest.raises(AssertionError):

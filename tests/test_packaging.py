@@ -94,5 +94,10 @@ def test_they_install_and_run_the_quickstart(archives, tmp_path):
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+    # and the sdist by itself
+    words = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path / "built"), str(sdist)]
+    subprocess.run(words, check=True)
+    built = {path.relative_to(tmp_path / "built").as_posix() for path in (tmp_path / "built" / "adasam_hf").rglob("*")}
+    assert {"adasam_hf/trainer.py", "adasam_hf/glue/run.py", "adasam_hf/py.typed"} <= built
     results = json.loads((folder / "out" / "results.json").read_text())
     assert results["versions"]["adasam_hf"] == "3.2.1" and results["commit"] is None

@@ -326,6 +326,12 @@ def test_a_run_that_diverged_has_no_score_and_no_pair():
     assert row == "| AdaSAM | 4 of 4 diverged | 4 of 4 diverged |"
 
 
+def test_cells_of_fewer_seeds_say_so():
+    runs = [record(method=method, seed=seed) for method, seeds in (("sam", 3), ("adasam", 2)) for seed in range(seeds)]
+    sam, adasam = report_glue.table(report_glue.Grid.of(runs, "table1")).splitlines()[2:]
+    assert "seeds" not in sam and adasam.count(", 2 seeds") == 2
+
+
 def test_runs_that_share_a_place_or_differ_in_a_cell_are_refused():
     with pytest.raises(ValueError, match=r"two runs of \('sst2', 'adasam'\) with seed 1.*'sam_scope'"):
         report_glue.Grid.of([record(sam_scope="batch"), record(sam_scope="microbatch")], "table1")
