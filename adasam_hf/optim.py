@@ -126,6 +126,7 @@ class AdaSAM(Optimizer):
 
     def ascend(self) -> Tensor:
         """w ← w + δ from the gradients in ``.grad``, which are then taken away. Returns ‖s‖₂ (see `Perturbation`)."""
+        self._climbed = True
         return self._perturbation.ascend(self._radii)
 
     def restore(self) -> None:
@@ -134,7 +135,10 @@ class AdaSAM(Optimizer):
 
     def perturbed(self) -> AbstractContextManager[Tensor]:
         """`ascend` on entry and `restore` on exit, also when the block raises."""
+        self._climbed = True
         return self._perturbation.perturbed(self._radii)
+
+    _climbed = False  # since the last step
 
     @property
     def _radii(self) -> list[float]:
@@ -155,7 +159,7 @@ class AdaSAM(Optimizer):
         Returns: the loss at x_t, or None without a closure.
 
         Raises:
-            RuntimeError: if the weights are still perturbed.
+            RuntimeError: if the weights are still perturbed, or nothing was backpropagated while they were.
         """
         loss = None
         if closure is not None:
@@ -166,6 +170,9 @@ class AdaSAM(Optimizer):
                     closure()
         if self._perturbation.active:
             raise RuntimeError("the weights are still perturbed; call restore() (or leave `perturbed()`) before step()")
+        climbed, self._climbed = self._climbed, False
+        if climbed and all(p.grad is None for group in self.param_groups for p in group["params"]):
+            raise RuntimeError("no parameter has a gradient; call loss.backward() inside `with optimizer.perturbed():`")
         for group in self.param_groups:
             self._update(group)
         return loss

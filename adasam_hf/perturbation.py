@@ -149,7 +149,7 @@ class Perturbation:
         params, vectors, radii = map(list, zip(*found, strict=True)) if found else ([], [], [])
         if not params:
             if direction.first_pass:
-                raise RuntimeError("no parameter has a gradient; call loss.backward() before ascend()")
+                raise RuntimeError("no parameter has a gradient to climb along; call loss.backward() first")
             return torch.zeros(())
         if any(v.is_sparse for v in vectors):
             raise RuntimeError("sparse gradients have no ascent; use dense ones (nn.Embedding(..., sparse=False))")

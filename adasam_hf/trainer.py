@@ -171,6 +171,8 @@ class SharpnessAwareTrainerMixin(_Base):
                 f"sam_start={self.args.sam_start} and sam_end={self.args.sam_end} leave no step to climb in, of "
                 f"{self.state.max_steps}; train longer, or move them apart"
             )
+        if not any(self._radii) and (idle := self.args.idle_arguments()):
+            logger.warning(f"{', '.join(idle)}: without effect at radius 0; pass --optim adasam, or --sam_rho 0.05")
         self._watch = doctor.Watch(max(self._radii))
         if self.is_world_process_zero():
             doctor.logger.warning_advice(doctor.describe(self, self._radii, self._chosen))

@@ -1,6 +1,7 @@
 """What a user may say about sharpness-aware training, checked when it is said."""
 
 import copy
+import difflib
 import re
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, Self, TypedDict, get_args
@@ -184,7 +185,9 @@ class SharpnessAwareArgumentsMixin(_Base):
     def _check_sharpness(self) -> None:
         known = [*ADASAM_NAMES, *SGD_NAMES, *(o.value for o in OptimizerNames)]
         if self.optim not in known:
-            raise ValueError(f"optim={self.optim!r} is no optimizer; choose one of {', '.join(known)}")
+            close = difflib.get_close_matches(str(self.optim).lower(), known, n=1)
+            meant = f"did you mean {close[0]!r}? Or " if close else ""
+            raise ValueError(f"optim={self.optim!r} is no optimizer; {meant}choose one of {', '.join(known)}")
         if self.sam_rho is not None:
             check_radius(self.sam_rho, "sam_rho")
         if self.sam_rho and self.optim in RADIUS_ZERO:
@@ -318,6 +321,12 @@ class SharpnessAwareArgumentsMixin(_Base):
         args = copy.copy(self)
         args.adam_beta2, args.adam_epsilon = self.resolved_betas[1], self.resolved_epsilon
         return args
+
+    def idle_arguments(self) -> list[str]:
+        """Arguments of the ascent that are set although, at radius 0, there is none."""
+        defaults = {f.name: f.default for f in fields(SharpnessAwareArgumentsMixin) if f.name.startswith("sam_")}
+        found = {name: getattr(self, name) for name in defaults if name != "sam_rho"}
+        return [f"{name}={value!r}" for name, value in found.items() if value != defaults[name]]
 
     def own_optimizer(self) -> tuple[type[torch.optim.Optimizer], dict[str, Any]] | None:
         """Class and keyword arguments for this package's optimizer names; None for those of Transformers."""

@@ -7,7 +7,8 @@
 Each checkpoint is a classifier that Transformers loads, with its tokenizer. Left: the training loss along one random
 direction, all checkpoints in one panel. Then, for each, the loss on the plane of two. Directions are filter-normalized
 (arXiv:1712.09913), so that they compare across scales of weights; all checkpoints get the same noise, the same rows
-and the same colours. Writes the numbers beside the picture, as JSON.
+and the same colours. Writes the numbers beside the picture, as JSON. Cost: --points + --grid² passes over the rows for
+each checkpoint, minutes on a CPU. Needs matplotlib: pip install -e '.[report]'.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
+from tqdm.auto import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging
 
@@ -63,8 +65,10 @@ def measure(path: Path, args: argparse.Namespace) -> dict:
     line = np.linspace(-args.extent, args.extent, args.points)
     grid = np.linspace(-args.extent, args.extent, args.grid)
     return {
-        "line": loss_along(model, batches, directions[:1], [(a,) for a in line]),
-        "plane": loss_along(model, batches, directions, [(a, b) for b in grid for a in grid]),
+        "line": loss_along(model, batches, directions[:1], tqdm([(a,) for a in line], f"{path.name}, line")),
+        "plane": loss_along(
+            model, batches, directions, tqdm([(a, b) for b in grid for a in grid], f"{path.name}, plane")
+        ),
     }
 
 
@@ -110,6 +114,11 @@ def main() -> int:
         parser.error("give one of --train_file and --task_name")
     if min(args.rows, args.batch_size, args.points - 1, args.grid - 1) < 1 or not args.extent > 0:
         parser.error("--rows and --batch_size must be at least 1, --points and --grid at least 2, --extent above 0")
+    for path in args.checkpoints:
+        if not str(path).startswith("pip:") and not path.is_dir():
+            parser.error(f"{path} is no folder of a model")
+    if args.output.suffix.removeprefix(".") not in pyplot.figure().canvas.get_supported_filetypes():
+        parser.error(f"--output={args.output} must end as a picture does: .png, .pdf, .svg")
     logging.set_verbosity_error()
     try:
         names = [path.name for path in args.checkpoints]

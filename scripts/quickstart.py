@@ -2,7 +2,8 @@
 """AdaSAM beside AMSGrad (the same at radius 0) on real sentences, from packages alone.
 
 Fine-tunes MiniLM on Rotten Tomatoes as configs/quickstart.yaml says, once with each, and prints what came out. Data,
-models, records and results.json go to --output_dir. Further arguments go to scripts/run_glue.py.
+models, records and results.json go to --output_dir. Further arguments go to scripts/run_glue.py, but for those that
+make the comparison.
 """
 
 import argparse
@@ -89,13 +90,19 @@ def table(rows: list[dict]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--output_dir", type=Path, default=Path("runs/quickstart"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[42])
     parser.add_argument("--sam_rho", type=float, default=0.05, help="AdaSAM's radius, at which sam_gap is taken too")
     args, more = parser.parse_known_args()
     if not 0 < args.sam_rho < math.inf:
         parser.error(f"--sam_rho={args.sam_rho} must be a finite number > 0; try 0.05")
+
+    own = {"--optim", "--seed", "--config", "--train_file", "--validation_file"}
+    if taken := sorted(own & {word.partition("=")[0] for word in more}):
+        parser.error(f"{', '.join(taken)}: set by this comparison itself; for a run of your own: scripts/run_glue.py")
 
     files = write_sentences(args.output_dir / "data")
     rows = [

@@ -162,3 +162,12 @@ def test_a_run_with_a_huge_radius_is_told(build, said, logging_steps):
     said.clear()
     build(Sharp, make_model("bert"), sam_rho=0.05, **flags).train()
     assert not any("too large" in line for line in said)
+
+
+def test_arguments_of_an_ascent_that_there_is_not(build, caplog):
+    build(Sharp, make_model("bert"), optim="adamw_torch", sam_preset="fast", sam_scope="microbatch").train()
+    assert "sam_scope='microbatch', sam_preset='fast': without effect at radius 0" in caplog.text
+    caplog.clear()
+    build(Sharp, make_model("bert"), optim="adamw_torch").train()
+    build(Sharp, make_model("bert"), optim="adamw_torch", sam_preset="fast", sam_rho=0.05).train()
+    assert "without effect" not in caplog.text

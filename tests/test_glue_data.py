@@ -75,6 +75,8 @@ def test_what_the_real_snapshot_lacks_is_named(glue_snapshot):
 def test_missing_folder():
     with pytest.raises(FileNotFoundError, match="nyu-mll/glue"):
         load_task(get_task("cola"), "./nowhere", ["train"])
+    with pytest.raises(FileNotFoundError, match="dataset_name_or_path='nowhere' is no folder here"):
+        load_task(get_task("cola"), "nowhere", ["train"])
 
 
 def test_bad_snapshots(tmp_path):

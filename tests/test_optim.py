@@ -342,3 +342,18 @@ def test_how_far_the_first_steps_go_without_warm_up(beta2, highest):
         moves.append(before - w.item())
     assert max(moves) == pytest.approx(highest, abs=0.06)
     assert moves[0] == pytest.approx(0.1 / (1 - beta2) ** 0.5)
+
+
+def test_a_step_whose_second_pass_left_no_gradient():
+    w = nn.Parameter(torch.ones(3))
+    optimizer = AdaSAM([w], rho=0.05)
+    (w**2).sum().backward()
+    with optimizer.perturbed():
+        (w**2).sum()  # without backward
+    with pytest.raises(RuntimeError, match=r"call loss.backward\(\) inside `with optimizer.perturbed\(\):`"):
+        optimizer.step()
+    assert torch.equal(w, torch.ones(3))
+    optimizer.step()  # a step without any gradient changes nothing, as in torch
+    (w**2).sum().backward()
+    optimizer.step()
+    assert not torch.equal(w, torch.ones(3))

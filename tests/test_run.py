@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conftest import load_script
 from safetensors.torch import load_file
 from test_glue_data import snapshot
 from transformers import BertForSequenceClassification, TrainerCallback
@@ -283,6 +284,15 @@ def test_a_head_for_other_labels_predicts_nothing(flags, files, tiny, tmp_path):
     with pytest.raises(ValueError, match=r"head for the labels \['ham', 'spam'\].*or train"):
         main([*job, "--do_predict"])
     main([*job, "--do_train", "--max_steps=1"])  # which gives the head its new names
+
+
+def test_the_quickstart_keeps_what_makes_the_comparison(monkeypatch, capsys):
+    quickstart = load_script("quickstart")
+    for flag in ("--optim=sam", "--seed=3", "--config=x.yaml"):
+        monkeypatch.setattr(sys, "argv", ["quickstart.py", flag])
+        with pytest.raises(SystemExit):
+            quickstart.main()
+        assert f"{flag.partition('=')[0]}: set by this comparison itself" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("rho", ["-1", "0", "nan", "inf"])

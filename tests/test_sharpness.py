@@ -328,6 +328,14 @@ def test_the_picture(tiny, files, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         plot_landscape.main()
     assert "a checkpoint has 2 labels" in capsys.readouterr().err
+    for words, message in (
+        ([str(tmp_path / "gone"), f"--train_file={train}"], "gone is no folder of a model"),
+        ([tiny, f"--train_file={train}", "--output=x.pgn"], "--output=x.pgn must end as a picture does"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["plot_landscape.py", *words])
+        with pytest.raises(SystemExit):
+            plot_landscape.main()
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("losses", [[0.5] * 4, [0.5, math.nan, math.inf, 0.7]])

@@ -255,3 +255,9 @@ def test_what_a_momentum_has_no_use_for(make, flags):
         make(optim="adasam", sam_direction="momentum", **flags)
     with pytest.raises(ValueError, match="sgd_momentum above 0"):
         make(optim="sam", sam_direction="momentum", sgd_momentum=0.0)
+
+
+@pytest.mark.parametrize("name", ["adasm", "AdaSAM", "ada_sam"])
+def test_a_misspelt_optimizer(tmp_path, name):
+    with pytest.raises(ValueError, match=f"optim='{name}' is no optimizer; did you mean 'adasam'"):
+        AdaSAMTrainingArguments(str(tmp_path), optim=name, use_cpu=True)

@@ -46,7 +46,13 @@ def load_task(
             f"dataset_name_or_path={name_or_path!r} is no folder; give a snapshot of nyu-mll/glue, or the hub's name"
         )
     name_or_path = str(Path(name_or_path).expanduser()) if name_or_path.startswith("~") else name_or_path
-    available = get_dataset_config_names(name_or_path, token=token)
+    try:
+        available = get_dataset_config_names(name_or_path, token=token)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"dataset_name_or_path={name_or_path!r} is no folder here, and not to be had from the hub ({error}); give "
+            "a snapshot of nyu-mll/glue, or the hub's name and a connection"
+        ) from error
     if task.name not in available:
         raise ValueError(
             f"dataset_name_or_path={name_or_path!r} has no task {task.name!r}, only {available}; "
