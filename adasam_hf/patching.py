@@ -159,7 +159,7 @@ def watch_flags(argv: Sequence[str]) -> None:
     """Have every training from now on look whether the arguments of ours in `argv` have reached it."""
     names = {f.name for f in fields(SharpnessAwareArgumentsMixin) if f.name.startswith(("sam_", "sgd_"))} | {"optim"}
     words: dict[str, str] = {}
-    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+    for word, following in zip(argv, [*argv[1:], ""], strict=False):
         name, equals, value = word.removeprefix("--").partition("=")
         if word.startswith("--") and name.replace("-", "_") in names:
             words[name.replace("-", "_")] = value if equals else following

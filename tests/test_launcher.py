@@ -131,7 +131,7 @@ def test_exit_codes_and_tracebacks_are_the_scripts_own(tiny, out, tmp_path):
 def test_scripts_that_are_none(tmp_path):
     (tmp_path / "syntax.py").write_text("def f(:\n")
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    for script, message in ((tmp_path / "syntax.py", "SyntaxError"), ("nothing.py", "'nothing.py' does not exist")):
+    for script, message in ((tmp_path / "syntax.py", "SyntaxError"), ("nothing.py", "'nothing.py' is no file")):
         done = subprocess.run([sys.executable, *OURS, str(script)], capture_output=True, text=True, env=environment)
         assert done.returncode == 1 and message in done.stderr
     done = subprocess.run([sys.executable, *OURS], capture_output=True, text=True, env=environment)
@@ -245,7 +245,16 @@ def test_as_python_would_run_it(tmp_path, how):
     done = []
     for launcher in ([], ["-c", f"import sys; sys.path.insert(1, {str(ROOT)!r}); import runpy; {RUN}"]):
         words = [sys.executable, *launcher, "link.py", how]
-        run = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, env=environment, timeout=120)
+        run = subprocess.run(
+            words,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            env=environment,
+            timeout=120,
+            # what runs in a shell's background inherits that Ctrl-C is ignored
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
         text = run.stderr[run.stderr.index("Traceback") :] if "Traceback" in run.stderr else run.stderr
         done.append(
             (run.returncode, run.stdout, "\n".join(line for line in text.splitlines() if "Warning" not in line))
