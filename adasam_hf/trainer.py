@@ -303,7 +303,7 @@ class SharpnessAwareTrainerMixin(_Base):
     def _ascent_pass(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """The stock step at w, on the rows and for the parameters that the ascent looks at. Returns its loss."""
         self._passes.append((inputs, rng.capture()))
-        before = _versions(inputs)
+        whole, before = inputs, _versions(inputs)
         if (share := self.args.resolved_ascent_fraction) < 1:
             inputs, args, kwargs = take_rows(inputs, share), (), {"num_items_in_batch": self._ascent_items}
         # DistributedDataParallel would wait for gradients that are not computed: the chosen go by themselves, later.
@@ -314,7 +314,7 @@ class SharpnessAwareTrainerMixin(_Base):
         except BaseException:
             self._forget_window()  # or a later call by hand would replay this micro-batch
             raise
-        if changed := [key for key, version in _versions(inputs).items() if version != before[key]]:
+        if changed := [key for key, version in _versions(whole).items() if version != before[key]]:
             self._forget_window()
             raise RuntimeError(
                 f"compute_loss of {type(self).__qualname__}, or the model, changes inputs {changed} in place, so that "

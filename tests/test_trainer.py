@@ -15,6 +15,7 @@ from transformers import (
     Trainer,
     TrainerCallback,
     TrainingArguments,
+    default_data_collator,
 )
 
 from adasam_hf import (
@@ -759,6 +760,16 @@ def test_inputs_that_change_in_place_are_an_error(build):
         ):
             build(Changes, make_model("bert"), sam_rho=0.05, sam_scope=scope, **WINDOW).train()
     build(Changes, make_model("bert"), sam_rho=0.0, **WINDOW).train()
+
+    def made_in_place(rows):
+        batch = default_data_collator(rows)
+        return {key: value.clone().clamp_(max=value.max()) for key, value in batch.items()}
+
+    for fraction in (0.5, 1.0):  # what was done before is no fault, nor what happens to a share's copy
+        kind = Changes if fraction < 1 else Sharp
+        trainer = build(kind, make_model("bert"), sam_rho=0.05, sam_ascent_fraction=fraction, **WINDOW)
+        trainer.data_collator = made_in_place
+        trainer.train()
 
 
 def test_an_override_is_warned_of_where_its_state_could_mislead(build, caplog):
