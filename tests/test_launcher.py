@@ -265,7 +265,7 @@ def test_as_python_would_run_it(tmp_path, how):
 
 
 def test_flags_that_do_not_reach_the_training_are_told_of(tmp_path):
-    script = tmp_path / "keyword.py"
+    script = tmp_path / "by_keyword.py"
     script.write_text(KEYWORD)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "TRANSFORMERS_VERBOSITY": "warning"}
 
