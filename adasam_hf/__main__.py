@@ -1,4 +1,4 @@
-"""python -m adasam_hf SCRIPT [ARGUMENTS]: an unmodified script with sharpness-aware trainers.
+"""python -m adasam_hf [FLAGS] SCRIPT [ARGUMENTS]: an unmodified script with sharpness-aware trainers.
 
     python -m adasam_hf run_clm.py --optim adasam --sam_rho 0.05 ...
     torchrun --nproc_per_node 2 -m adasam_hf run_clm.py --optim adasam ...
@@ -6,7 +6,8 @@
 
 The script is run as python would run it, with the Trainer, Seq2SeqTrainer, TrainingArguments and
 Seq2SeqTrainingArguments of Transformers replaced by their sharpness-aware forms (adasam_hf.patch). Its arguments, exit
-code and traceback are its own; SCRIPT --help shows the new arguments too, if it parses TrainingArguments.
+code and traceback are its own; SCRIPT --help shows the new arguments too, if it parses TrainingArguments. For a script
+that does not, give --optim and --sam_… before its name: they become the defaults of all its TrainingArguments.
 """
 
 import io
@@ -21,14 +22,19 @@ def main() -> None:
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
         print(__doc__)
         raise SystemExit(0 if len(sys.argv) > 1 else 2)
-    del sys.argv[0]
+    words = sys.argv[1:]
+    begin = next((i for i, word in enumerate(words) if os.path.isfile(word)), 0) if words[0].startswith("--") else 0
+    before, sys.argv = words[:begin], words[begin:]
     script = sys.argv[0]
     if not os.path.isfile(script):
         raise SystemExit(f"adasam_hf: SCRIPT={script!r} is no file; give the path of a Python file")
     path = os.path.abspath(script)
     if not sys.flags.safe_path:
         sys.path[0] = os.path.dirname(os.path.realpath(script))  # as for `python SCRIPT`, and before other imports
-    from .patching import patch, watch_flags
+    from .patching import give, patch, watch_flags
+
+    if before:
+        give(before)
 
     # Threads and processes that outlive the script look for its names there.
     module = ModuleType("__main__")

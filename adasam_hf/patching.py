@@ -9,6 +9,7 @@ from typing import Any
 
 import transformers
 from transformers import (
+    HfArgumentParser,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
     Trainer,
@@ -151,13 +152,33 @@ class _FlagWatch(TrainerCallback):
         if lost:
             logger.warning(
                 f"the command line's arguments did not reach this training, which has {', '.join(lost)}: the script "
-                "does not parse TrainingArguments. Give them there: TrainingArguments(optim='adasam', sam_rho=0.05)"
+                "does not parse TrainingArguments. Give them before its name: python -m adasam_hf --optim adasam SCRIPT"
             )
+
+
+def _flags() -> set[str]:
+    return {f.name for f in fields(SharpnessAwareArgumentsMixin) if f.name.startswith(("sam_", "sgd_"))} | {"optim"}
+
+
+def give(argv: Sequence[str]) -> None:
+    """Make the arguments of ours in `argv` the defaults of all sharpness-aware arguments from now on.
+
+    Raises:
+        SystemExit: for other arguments, or values of a wrong type.
+    """
+    parser = HfArgumentParser(AdaSAMTrainingArguments, prog="python -m adasam_hf", allow_abbrev=False)  # type: ignore[arg-type]
+    given = {word.removeprefix("--").partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
+    if others := sorted(given - _flags()):
+        parser.error(
+            f"before the script's name there can be --optim, --sgd_momentum and --sam_…, not {', '.join(others)}"
+        )
+    found = parser.parse_args([*argv, "--output_dir=unused"])  # no arguments are made: that would begin with a device
+    SharpnessAwareArgumentsMixin.given = {name: getattr(found, name) for name in given}
 
 
 def watch_flags(argv: Sequence[str]) -> None:
     """Have every training from now on look whether the arguments of ours in `argv` have reached it."""
-    names = {f.name for f in fields(SharpnessAwareArgumentsMixin) if f.name.startswith(("sam_", "sgd_"))} | {"optim"}
+    names = _flags()
     words: dict[str, str] = {}
     for word, following in zip(argv, [*argv[1:], ""], strict=False):
         name, equals, value = word.removeprefix("--").partition("=")

@@ -4,7 +4,7 @@ import copy
 import difflib
 import re
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, Literal, Self, TypedDict, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypedDict, get_args
 
 import torch
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
@@ -159,7 +159,13 @@ class SharpnessAwareArgumentsMixin(_Base):
         },
     )
 
+    # What the launcher was given before the script's name; it stands where an argument is at its default.
+    given: ClassVar[dict[str, Any]] = {}
+
     def __post_init__(self) -> None:
+        for f in fields(self):
+            if f.name in self.given and getattr(self, f.name) == f.default:
+                setattr(self, f.name, self.given[f.name])
         self._read_numbers()
         self._check_sharpness()
         # The optimizer names of Transformers are a closed enumeration, and it converts ours to it.

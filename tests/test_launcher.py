@@ -135,7 +135,7 @@ def test_scripts_that_are_none(tmp_path):
         done = subprocess.run([sys.executable, *OURS, str(script)], capture_output=True, text=True, env=environment)
         assert done.returncode == 1 and message in done.stderr
     done = subprocess.run([sys.executable, *OURS], capture_output=True, text=True, env=environment)
-    assert done.returncode == 2 and "python -m adasam_hf SCRIPT" in done.stdout
+    assert done.returncode == 2 and "python -m adasam_hf [FLAGS] SCRIPT" in done.stdout
 
 
 def test_sequence_to_sequence(out):
@@ -197,11 +197,11 @@ def test_sentence_transformers(out):
     assert len(logs(done.stdout)) == 4 and all("'sam_gap'" in entry for entry in logs(done.stdout))
 
 
-@pytest.mark.parametrize("rho", [[], ["0.05"]])
+@pytest.mark.parametrize("rho", [[], ["--optim=adasam", "--sam_rho=0.05"]])
 def test_setfit(out, rho):
-    """Its inner trainer is sharpness-aware; the radius is set on the arguments that it makes."""
+    """Its inner trainer is sharpness-aware, and takes the flags before the script's name."""
     pytest.importorskip("setfit", reason="setfit, of the extra `test`, is not installed")
-    done = launch("few_shot", resolve_path(MINILM), out, *rho)
+    done = launch("few_shot", resolve_path(MINILM), out, launcher=[*OURS, *rho])
     assert done.returncode == 0, done.stderr[-3000:]
     entries = re.findall(r"\{'embedding_loss'.*?\}", done.stdout)
     assert len(entries) == 3 and all(("'sam_gap'" in entry) is bool(rho) for entry in entries)
@@ -279,6 +279,24 @@ def test_flags_that_do_not_reach_the_training_are_told_of(tmp_path):
         told("--optim", "adasam", "--sam_rho=0.1")[0] and "sam_rho=None in place of 0.1" in told("--sam-rho", "0.1")[1]
     )
     assert not told("--sam_scope=batch")[0] and not told("--optim=adamw_torch")[0]
+
+
+def test_flags_before_the_script_are_its_defaults(tmp_path):
+    (tmp_path / "by_keyword.py").write_text(KEYWORD)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "TRANSFORMERS_VERBOSITY": "warning"}
+
+    def run(*words):
+        words = [sys.executable, *OURS, *words]
+        return subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, env=environment, timeout=120)
+
+    done = run("--optim", "adasam", "--sam-rho=0.1", "by_keyword.py")
+    assert done.returncode == 0 and "AdaSAM with sam_rho=0.1" in done.stderr, done.stderr
+    done = run("--learning_rate=1", "by_keyword.py")
+    assert done.returncode == 2 and "there can be --optim, --sgd_momentum and --sam_…, not learning_rate" in done.stderr
+    done = run("--optim", "adasam", "--sam_rho", "-1", "by_keyword.py")
+    assert done.returncode == 1 and "sam_rho=-1.0 must be a finite number >= 0" in done.stderr
+    done = run("--optim", "adasam", "nothing.py")
+    assert done.returncode == 1 and "is no file" in done.stderr
 
 
 # ---- patch() ----

@@ -7,13 +7,11 @@ from setfit import SetFitModel, Trainer, TrainingArguments
 
 
 def main():
-    path, out, *rho = sys.argv[1:]
+    path, out = sys.argv[1:]
     model = SetFitModel.from_pretrained(path)
     rows = Dataset.from_dict({"text": ["a warm film", "dull", "i loved it", "a waste of time"], "label": [1, 0, 1, 0]})
     args = TrainingArguments(out, batch_size=4, max_steps=3, logging_steps=1, save_strategy="no", report_to="none")
     trainer = Trainer(model=model, args=args, train_dataset=rows)
-    if rho:  # setfit makes the arguments of the inner trainer itself, without those that it does not know
-        trainer.st_trainer.args.set_optimizer("adasam", rho=float(rho[0]))
     trainer.train()
 
 
