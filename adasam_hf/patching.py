@@ -133,22 +133,22 @@ def _restore(name: str) -> TrainingArguments:
 class _FlagWatch(TrainerCallback):
     """Warns if the command line has arguments of ours that the training does not."""
 
-    def __init__(self, words: dict[str, str]) -> None:
-        self._words = words
+    def __init__(self, given: dict[str, Any]) -> None:
+        self._given = given
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         defaults = {f.name: f.default for f in fields(SharpnessAwareArgumentsMixin)}
         lost = []
-        for name, word in self._words.items():
+        for name, wanted in self._given.items():
             value = getattr(args, name, defaults.get(name))
             if name == "optim":
-                missed = word in (*ADASAM_NAMES, *SGD_NAMES) and value != word
+                missed = wanted in (*ADASAM_NAMES, *SGD_NAMES) and value != wanted
             else:
-                missed = value == defaults[name] and word != str(value)
+                missed = value == defaults[name] != wanted
             if missed:
-                lost.append(f"{name}={getattr(value, 'value', value)!r} in place of {word}")
+                lost.append(f"{name}={getattr(value, 'value', value)!r} in place of {wanted}")
         if lost:
             logger.warning(
                 f"the command line's arguments did not reach this training, which has {', '.join(lost)}: the script "
@@ -160,13 +160,18 @@ def _flags() -> set[str]:
     return {f.name for f in fields(SharpnessAwareArgumentsMixin) if f.name.startswith(("sam_", "sgd_"))} | {"optim"}
 
 
+def _parser() -> HfArgumentParser:
+    cls: Any = AdaSAMTrainingArguments
+    return HfArgumentParser(cls, prog="python -m adasam_hf", allow_abbrev=False)
+
+
 def give(argv: Sequence[str]) -> None:
     """Make the arguments of ours in `argv` the defaults of all sharpness-aware arguments from now on.
 
     Raises:
         SystemExit: for other arguments, or values of a wrong type.
     """
-    parser = HfArgumentParser(AdaSAMTrainingArguments, prog="python -m adasam_hf", allow_abbrev=False)  # type: ignore[arg-type]
+    parser = _parser()
     given = {word.removeprefix("--").partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
     if others := sorted(given - _flags()):
         parser.error(
@@ -178,14 +183,19 @@ def give(argv: Sequence[str]) -> None:
 
 def watch_flags(argv: Sequence[str]) -> None:
     """Have every training from now on look whether the arguments of ours in `argv` have reached it."""
-    names = _flags()
-    words: dict[str, str] = {}
-    for word, following in zip(argv, [*argv[1:], ""], strict=False):
-        name, equals, value = word.removeprefix("--").partition("=")
+    names, words = _flags(), []
+    for word, following in zip(argv, [*argv[1:], "--"], strict=True) if argv else ():
+        name, equals, _ = word.removeprefix("--").partition("=")
         if word.startswith("--") and name.replace("-", "_") in names:
-            words[name.replace("-", "_")] = value if equals else following
+            words += [word] if equals or following.startswith("--") else [word, following]
     if words:
-        transformers.trainer.DEFAULT_CALLBACKS.append(_FlagWatch(words))  # type: ignore[arg-type]
+        try:
+            found = _parser().parse_args([*words, "--output_dir=unused"])
+        except SystemExit:  # the script will say what is wrong with them, or has flags of the same names
+            return
+        given = {w.removeprefix("--").partition("=")[0].replace("-", "_") for w in words if w.startswith("--")}
+        watch = _FlagWatch({name: getattr(found, name) for name in given})
+        transformers.trainer.DEFAULT_CALLBACKS.append(watch)  # type: ignore[arg-type]
 
 
 def _plain_subclasses() -> set[str]:

@@ -36,7 +36,8 @@ def sam_gap(model: nn.Module, batches: Iterable[Mapping], rho: float | Iterable[
     Raises:
         ValueError: for a bad radius or without batches.
     """
-    radii = [float(radius) for radius in rho] if isinstance(rho, Iterable) else [rho]
+    several = isinstance(rho, Iterable) and getattr(rho, "ndim", 1) > 0
+    radii = [float(radius) for radius in rho] if several else [float(rho)]  # type: ignore[union-attr, arg-type]
     if not radii or not all(radius > 0 for radius in radii):
         raise ValueError(f"rho={rho!r} must be > 0: at radius 0 there is no gap; try 0.05")
     params = [p for p in model.parameters() if p.requires_grad]
@@ -57,7 +58,7 @@ def sam_gap(model: nn.Module, batches: Iterable[Mapping], rho: float | Iterable[
     if not gaps:
         raise ValueError("batches is empty; give at least one")
     means = [sum(column) / len(gaps) for column in zip(*gaps, strict=True)]
-    return means if isinstance(rho, Iterable) else means[0]
+    return means if several else means[0]
 
 
 def average_sharpness(

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from types import CodeType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -100,6 +101,7 @@ class SharpnessAwareTrainerMixin(_Base):
         self._chosen: list[nn.Parameter] | None = None  # that may climb; None for all
         self._direction: Direction | None = None  # of the coming step; None for a plain one
         self._rho_share = 1.0  # of the radii, in the coming step
+        self._told_of_inputs = False
         self._refused = False  # whether `refuse_unsupported` has looked at this trainer
         self._window_size, self._window_step = 0, 0  # micro-batches of the present window, and its global step
         self._due = False  # whether the present window is to climb and our training_step has not been called yet
@@ -120,6 +122,7 @@ class SharpnessAwareTrainerMixin(_Base):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """As in Transformers; refuses what is not supported before anything is wrapped or trained."""
         optimizer = super().create_optimizer(*args, **kwargs)
+        self._refused = False
         if any(self._resolve_radii()):
             self._refuse()
         return optimizer
@@ -247,7 +250,9 @@ class SharpnessAwareTrainerMixin(_Base):
 
     def _check_climbed(self) -> None:
         """After a window: whether it has been gone through to its end."""
-        if self._passes and self._window_size and self.state.global_step > self._window_step:
+        if self.state.global_step <= self._window_step:
+            return
+        if self._passes and self._window_size:
             raise RuntimeError(
                 f"{type(self).__qualname__} called the training_step of SharpnessAwareTrainerMixin for "
                 f"{len(self._passes)} of the {self._window_size} micro-batches of a step, which so has no second pass; "
@@ -314,11 +319,14 @@ class SharpnessAwareTrainerMixin(_Base):
         except BaseException:
             self._forget_window()  # or a later call by hand would replay this micro-batch
             raise
-        if changed := [key for key, version in _versions(whole).items() if version != before[key]]:
-            self._forget_window()
-            raise RuntimeError(
-                f"compute_loss of {type(self).__qualname__}, or the model, changes inputs {changed} in place, so that "
-                "the second pass would see another batch; change a copy, or set sam_rho=0"
+        changed = [
+            key for key, (tensor, version) in before.items() if whole.get(key) is tensor and _version(tensor) != version
+        ]
+        if changed and not self._told_of_inputs:
+            self._told_of_inputs = True
+            logger.warning(
+                f"compute_loss of {type(self).__qualname__}, or the model, changes inputs {changed} in place. If the "
+                "change is another one when it is done twice, the second pass sees another batch; change a copy then"
             )
         self._tally.clean_loss += loss
         return loss
@@ -442,10 +450,10 @@ _KNOWN = ("trl", "sentence_transformers", "setfit", __package__)
 def _refuse_overrides(kind: type[SharpnessAwareTrainerMixin], args: SharpnessAwareArgumentsMixin) -> None:
     """Trainers whose own code would make another thing of the two passes, and say nothing."""
     for cls in kind.__mro__[: kind.__mro__.index(SharpnessAwareTrainerMixin)]:
-        functions = [f for f in map(inspect.unwrap, vars(cls).values()) if inspect.isfunction(f)]
-        called = {name for f in functions for name in f.__code__.co_names}  # a helper may call it
+        functions = {name: f for name, f in vars(cls).items() if inspect.isfunction(inspect.unwrap(f))}
+        called = {name for f in functions.values() for name in _names(inspect.unwrap(f).__code__)}  # or a helper
         for name, remedy in (("training_step", "move the change to compute_loss"), ("get_batch_samples", "leave it")):
-            if name in vars(cls) and name not in called:
+            if name in functions and name not in called:
                 raise NotImplementedError(
                     f"{cls.__module__}.{cls.__qualname__} overrides {name} without super().{name}(...), so no step "
                     f"would climb as it should; call it there, {remedy}, or set sam_rho=0"
@@ -471,8 +479,14 @@ def _version(tensor: Tensor | None) -> int | None:
     return None if tensor is None or tensor.is_inference() else tensor._version
 
 
-def _versions(inputs: Any) -> dict[str, int | None]:
-    return {k: _version(v) for k, v in inputs.items() if isinstance(v, Tensor)} if isinstance(inputs, Mapping) else {}
+def _versions(inputs: Any) -> dict[str, tuple[Tensor, int | None]]:
+    tensors = inputs.items() if isinstance(inputs, Mapping) else ()
+    return {k: (v, _version(v)) for k, v in tensors if isinstance(v, Tensor)}
+
+
+def _names(code: CodeType) -> set[str]:
+    """What a function refers to, with the functions inside it."""
+    return set(code.co_names).union(*(_names(inner) for inner in code.co_consts if isinstance(inner, CodeType)))
 
 
 def _take_gradients(model: nn.Module) -> dict[nn.Parameter, Tensor]:

@@ -96,6 +96,7 @@ def test_a_paired_difference():
         ([], "cannot tell from these runs"),
         ([0.0, 0.0, 0.0], "cannot tell from these runs"),
         ([1.0, 1.0, 1.0], "cannot tell from these runs"),  # no test can judge it
+        ([0.36101083032490067] + 4 * [0.3610108303249149], "cannot tell from these runs"),  # the same but for rounding
         ([0.01, 0.01, 5.0], "cannot tell from these runs"),
     ],
 )
