@@ -7,8 +7,6 @@ from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from . import __version__
 from .distributed import climbs_locally
 from .optim import AdaSAM
@@ -30,11 +28,8 @@ CITATION = """@article{sun2024adasam,
 }
 """
 
-
 PAPER = "https://arxiv.org/abs/2303.00565"
 HEADING = "## Optimizer\n\nFine-tuned with "
-
-
 SAM_CITATION = """@inproceedings{foret2021sharpness,
   title     = {Sharpness-Aware Minimization for Efficiently Improving Generalization},
   author    = {Foret, Pierre and Kleiner, Ariel and Mobahi, Hossein and Neyshabur, Behnam},
@@ -67,14 +62,10 @@ def _name(args: SharpnessAwareArgumentsMixin) -> str:
     return str(getattr(args.optim, "value", args.optim))
 
 
-def _used(trainer: SharpnessAwareTrainerMixin) -> torch.optim.Optimizer:
-    return getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # Accelerate wraps it
-
-
 def _base(trainer: SharpnessAwareTrainerMixin) -> str:
     """What the ascent is around: the optimizer's name, or its class if it was given to the trainer."""
     own = trainer.args.own_optimizer()
-    used = _used(trainer)
+    used = trainer.used_optimizer()
     return type(used).__qualname__ if own and not isinstance(used, own[0]) else _name(trainer.args)
 
 

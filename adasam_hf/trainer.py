@@ -133,8 +133,12 @@ class SharpnessAwareTrainerMixin(_Base):
             choose_parameters(self.model, self.args.sam_parameters)  # or say now that there are none
         self._refused = True
 
+    def used_optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer that updates, out of Accelerate's wrapper."""
+        return getattr(self.optimizer, "optimizer", self.optimizer)
+
     def _own_adasam(self) -> AdaSAM | None:
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # Accelerate wraps it
+        optimizer = self.used_optimizer()
         return optimizer if isinstance(optimizer, AdaSAM) else None
 
     def _resolve_radii(self) -> list[float]:
@@ -155,7 +159,7 @@ class SharpnessAwareTrainerMixin(_Base):
         self._last = Last(self.optimizer)
         self._first_step, self._updated = self.state.global_step, False
         self._tally = doctor.Tally()
-        own, used = self.args.own_optimizer(), getattr(self.optimizer, "optimizer", self.optimizer)
+        own, used = self.args.own_optimizer(), self.used_optimizer()
         if own and not isinstance(used, own[0]):
             logger.warning(f"optim={self.args.optim} is not in use: the trainer was given a {type(used).__qualname__}")
         if adasam := self._own_adasam():
