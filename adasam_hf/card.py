@@ -1,20 +1,25 @@
 """What a model card says of the optimizer, the ascent and their source."""
 
-from __future__ import annotations
-
+import functools
 import re
 from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from torch.optim import Optimizer
+from transformers import Trainer
 
 from . import __version__
-from .distributed import climbs_locally
 from .optim import AdaSAM
+from .plan import base_radii, unwrapped
 from .schedule import Schedule
+from .synchronization import ascends_per_process
 from .training_args import SGD_NAMES, SharpnessAwareArgumentsMixin
 
 if TYPE_CHECKING:
-    from .trainer import SharpnessAwareTrainerMixin
+    _Base = Trainer
+else:
+    _Base = object
 
 CITATION = """@article{sun2024adasam,
   title   = {{AdaSAM}: Boosting Sharpness-Aware Minimization with Adaptive Learning Rate and Momentum for Training Deep
@@ -39,13 +44,43 @@ SAM_CITATION = """@inproceedings{foret2021sharpness,
 """
 
 
-def complete(path: Path, trainer: SharpnessAwareTrainerMixin, adasam: AdaSAM | None, rho: float) -> None:
-    """Put into the card at `path`, which the Trainer or a library has written, the entries that they cannot know and,
-    if the run used AdaSAM or an ascent, a section on them with the paper and its citation. Twice is as once."""
-    # sentence-transformers goes on without a card if it fails to make one; nothing is known before training
-    if not path.exists() or trainer.optimizer is None:
+class ModelCardMixin(_Base):
+    """The card says how a model was trained, links the paper and carries the citation."""
+
+    args: SharpnessAwareArgumentsMixin
+    optimizer: Optimizer
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """As in Transformers, with the optimizer and the ascent as they were used, and the paper to cite."""
+        super().create_model_card(*args, **kwargs)
+        self._complete_card()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        write = vars(cls).get("create_model_card")
+        if write is not None:  # trl and sentence-transformers write cards of their own, without Transformers'
+
+            @functools.wraps(write)
+            def create_model_card(self: ModelCardMixin, *args: Any, **kwargs: Any) -> None:
+                write(self, *args, **kwargs)
+                self._complete_card()
+
+            cls.create_model_card = create_model_card  # type: ignore[method-assign]
+
+    def _complete_card(self) -> None:
+        if self.is_world_process_zero() and self.optimizer is not None:  # nothing is known before training
+            radii = base_radii(self.args, self.optimizer)
+            complete(Path(self.args.output_dir, "README.md"), self.args, self.optimizer, max(radii, default=0.0))
+
+
+def complete(path: Path, args: SharpnessAwareArgumentsMixin, optimizer: Optimizer, rho: float) -> None:
+    """Add to the card at `path`, which the Trainer or a library has written, the entries that they cannot know and,
+    if the run used AdaSAM or an ascent, a section on them with the paper and its citation. Calling it again changes
+    nothing."""
+    if not path.exists():  # sentence-transformers goes on without a card if it fails to make one
         return
-    entries = "".join(f"- {key}: {value}\n" for key, value in _entries(trainer, adasam, rho).items())
+    used = unwrapped(optimizer)
+    entries = "".join(f"- {key}: {value}\n" for key, value in _entries(args, used, rho).items())
     # Without the section that an earlier call or run has left.
     text = re.sub(rf"^{HEADING}.*?(?=^#+ |\Z)", "", path.read_text(encoding="utf-8"), flags=re.M | re.S)
     if not (listed := entries in text):
@@ -53,8 +88,8 @@ def complete(path: Path, trainer: SharpnessAwareTrainerMixin, adasam: AdaSAM | N
         stock = re.compile(r"^- optimizer: .*?\n(?=- )", flags=re.M | re.S)
         text, count = stock.subn(lambda _: entries, text, count=1)
         listed = count > 0
-    if adasam is not None or rho > 0:
-        text = f"{text.rstrip()}\n\n{_section(trainer, adasam, rho, '' if listed else entries)}"
+    if isinstance(used, AdaSAM) or rho > 0:
+        text = f"{text.rstrip()}\n\n{_section(args, used, rho, '' if listed else entries)}"
     path.write_text(text, encoding="utf-8")
 
 
@@ -62,29 +97,28 @@ def _name(args: SharpnessAwareArgumentsMixin) -> str:
     return str(getattr(args.optim, "value", args.optim))
 
 
-def _base(trainer: SharpnessAwareTrainerMixin) -> str:
+def _base(args: SharpnessAwareArgumentsMixin, used: Optimizer) -> str:
     """What the ascent is around: the optimizer's name, or its class if it was given to the trainer."""
-    own = trainer.args.own_optimizer()
-    used = trainer.used_optimizer()
-    return type(used).__qualname__ if own and not isinstance(used, own[0]) else _name(trainer.args)
+    ours = args.package_optimizer()
+    return type(used).__qualname__ if ours and not isinstance(used, ours[0]) else _name(args)
 
 
-def _entries(trainer: SharpnessAwareTrainerMixin, adasam: AdaSAM | None, rho: float) -> dict[str, object]:
-    args = trainer.args
-    if adasam is not None:
-        group = adasam.param_groups[0]
+def _entries(args: SharpnessAwareArgumentsMixin, used: Optimizer, rho: float) -> dict[str, object]:
+    if isinstance(used, AdaSAM):
+        group = used.param_groups[0]
         how = f"AdaSAM, arXiv:2303.00565, with betas={group['betas']}, epsilon={group['eps']}"
-    elif (base := _base(trainer)) != _name(args):
+    elif (base := _base(args, used)) != _name(args):
         how = f"not in use; {base} was given to the trainer"
     elif _name(args) in SGD_NAMES:
         how = f"SGD with momentum={args.sgd_momentum}"
     else:
-        how = f"betas={args.resolved_betas}, epsilon={args.resolved_epsilon}, optimizer_args={args.optim_args}"
+        betas = (args.adam_beta1, float(args.adam_beta2))
+        how = f"betas={betas}, epsilon={float(args.adam_epsilon)}, optimizer_args={args.optim_args}"
     entries: dict[str, object] = {"optimizer": f"{_name(args)} ({how})", "sam_rho": rho}
     if rho > 0:
         entries |= {"sam_scope": args.sam_scope, "sam_dropout": args.sam_dropout}
         if args.world_size > 1:
-            entries["sam_sync"] = not climbs_locally(trainer)
+            entries["sam_sync"] = not ascends_per_process(args)
         ascent = {"sam_direction": args.resolved_direction, "sam_ascent_fraction": args.resolved_ascent_fraction}
         ascent |= {name: getattr(args, name) for name in ("sam_parameters", "sam_adaptive", "sam_reuse")}
         usual = {"sam_direction": "gradient", "sam_ascent_fraction": 1.0, "sam_parameters": "all"}
@@ -94,20 +128,21 @@ def _entries(trainer: SharpnessAwareTrainerMixin, adasam: AdaSAM | None, rho: fl
     return entries
 
 
-def _section(trainer: SharpnessAwareTrainerMixin, adasam: AdaSAM | None, rho: float, entries: str) -> str:
+def _section(args: SharpnessAwareArgumentsMixin, used: Optimizer, rho: float, entries: str) -> str:
+    adasam = isinstance(used, AdaSAM)
     if rho == 0:
         method = f"AMSGrad, which is [AdaSAM]({PAPER}) at radius 0"
-    elif adasam is not None:
+    elif adasam:
         method = f"[AdaSAM]({PAPER}), sharpness-aware minimization, at radius {rho:g}"
     else:
         sam = "[sharpness-aware minimization](https://arxiv.org/abs/2010.01412)"
-        method = f"{sam} around `{_base(trainer)}` at radius {rho:g}, by the steps of [AdaSAM]({PAPER})"
+        method = f"{sam} around `{_base(args, used)}` at radius {rho:g}, by the steps of [AdaSAM]({PAPER})"
     home = project()
     name = f"[adasam_hf]({home})" if home else "`adasam_hf`"
     text = f"{HEADING}{method}, by {name} {__version__}.\n"
     if entries:
         text += f"\n{entries}"
-    citation = CITATION if adasam is not None else f"{SAM_CITATION}\n{CITATION}"
+    citation = CITATION if adasam else f"{SAM_CITATION}\n{CITATION}"
     return f"{text}\n```bibtex\n{citation}```\n"
 
 

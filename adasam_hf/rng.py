@@ -1,17 +1,19 @@
 """Capture and replay randomness, so that both passes draw the same dropout masks.
 
 A pass may draw from torch (the host's generator and the current accelerator's), from Python's `random`
-and from NumPy; the model files of Transformers use all of them.
+and from NumPy; the model files of Transformers use all of them. A module may also hold a generator of its own.
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+Generator = torch.Generator | np.random.Generator | np.random.RandomState | random.Random
 
 
 class RandomState(NamedTuple):
@@ -21,6 +23,33 @@ class RandomState(NamedTuple):
     device: Tensor | None
     python: tuple[Any, ...]
     numpy: dict[str, Any] | tuple[Any, ...]
+    generators: tuple[tuple[Generator, Any], ...] = ()
+    """Generators that modules hold, each with its state."""
+
+
+def generators_of(modules: Iterable[nn.Module]) -> list[Generator]:
+    """The generators that modules hold as attributes, by themselves or in a list, tuple or dict."""
+    found: dict[int, Generator] = {}
+    for module in modules:
+        for value in vars(module).values():
+            inside = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+            found |= {id(item): item for item in (value, *inside) if isinstance(item, Generator)}
+    return list(found.values())
+
+
+def _state_of(generator: Generator) -> Any:
+    if isinstance(generator, np.random.Generator):
+        return generator.bit_generator.state
+    return generator.getstate() if isinstance(generator, random.Random) else generator.get_state()
+
+
+def _set_state(generator: Generator, state: Any) -> None:
+    if isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = state
+    elif isinstance(generator, random.Random):
+        generator.setstate(state)
+    else:
+        generator.set_state(state)
 
 
 def _device_module() -> Any:
@@ -32,14 +61,15 @@ def _device_module() -> Any:
     return module if getattr(module, "is_initialized", lambda: True)() else None
 
 
-def capture() -> RandomState:
-    """Snapshot every generator. Costs microseconds."""
+def capture(generators: Iterable[Generator] = ()) -> RandomState:
+    """Snapshot the global generators, and those given (`generators_of`). Costs microseconds."""
     module = _device_module()
     return RandomState(
         torch.get_rng_state(),
         None if module is None else module.get_rng_state(),
         random.getstate(),
         np.random.get_state(),
+        tuple((generator, _state_of(generator)) for generator in generators),
     )
 
 
@@ -50,6 +80,8 @@ def rewind(state: RandomState) -> None:
         _device_module().set_rng_state(state.device)
     random.setstate(state.python)
     np.random.set_state(state.numpy)
+    for generator, own in state.generators:
+        _set_state(generator, own)
 
 
 @contextmanager
@@ -63,7 +95,7 @@ def replay(state: RandomState) -> Iterator[None]:
         with optimizer.perturbed(), rng.replay(masks):
             loss_fn(model(x), y).backward()
     """
-    resume = capture()
+    resume = capture(generator for generator, _ in state.generators)
     rewind(state)
     try:
         yield

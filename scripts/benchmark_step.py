@@ -223,11 +223,12 @@ def phases(model: nn.Module, dtype: str, batches: list[dict]) -> dict[str, float
         return call
 
     step(batches[0])
-    perturbation = trainer._perturbation
+    two_passes = trainer._running().step
+    perturbation = two_passes.perturbation
     perturbation.ascend = timed("norm, copy and climb", perturbation.ascend)
     perturbation.restore = timed("restore", perturbation.restore)
-    trainer._ascent_pass = timed("ascent", trainer._ascent_pass)
-    trainer._descent_passes = timed("descent and the way", trainer._descent_passes)
+    two_passes._ascent = timed("ascent", two_passes._ascent)
+    two_passes._descent = timed("descent and the way", two_passes._descent)
     trainer.optimizer.step = timed("update", trainer.optimizer.step)
     rows = []
     for batch in batches:

@@ -512,7 +512,7 @@ def test_the_radius_of_a_class_counts(build):
 
 def test_an_argument_replaces_the_radius_of_an_instance_and_says_so(build, monkeypatch):
     said = []
-    monkeypatch.setattr("adasam_hf.trainer.logger.warning", said.append)
+    monkeypatch.setattr("adasam_hf.plan.logger.warning", said.append)
     model = make_model("bert")
     optimizer = AdaSAM(model.parameters(), lr=LR, rho=0.07)
     trainer = build(Sharp, model, optimizers=(optimizer, None), sam_rho=0.02)
@@ -558,12 +558,12 @@ def test_amsgrad_resumed_from_adasam_stays_at_radius_zero(build, tmp_path):
 
 def test_beta2_without_warm_up_is_pointed_out(build, monkeypatch):
     said = []
-    monkeypatch.setattr("adasam_hf.trainer.logger.warning", said.append)
+    monkeypatch.setattr("adasam_hf.run.logger.warning", said.append)
     build(Sharp, make_model("bert"), optim="adasam", adam_beta2=0.999).train()
-    assert len(said) == 1 and "warmup_steps" in said[0]
+    assert sum("without warm-up" in line and "warmup_steps" in line for line in said) == 1
     build(Sharp, make_model("bert"), optim="adasam", adam_beta2=0.999, warmup_steps=2).train()
     build(Sharp, make_model("bert"), optim="adasam").train()
-    assert len(said) == 1
+    assert sum("without warm-up" in line for line in said) == 1
 
 
 # ---- the rest of the contract ----
@@ -656,7 +656,7 @@ def test_without_arguments_there_are_those_of_transformers(monkeypatch, tmp_path
     assert hasattr(args, "predict_with_generate")
 
 
-def test_overrides_that_would_undo_the_ascent_are_refused(build):
+def test_overrides_that_would_undo_the_ascent_are_refused(build, caplog):
     class MakesData(Sharp):
         def _prepare_inputs(self, inputs):
             return super()._prepare_inputs(inputs)
@@ -671,10 +671,10 @@ def test_overrides_that_would_undo_the_ascent_are_refused(build):
 
     with pytest.raises(NotImplementedError, match=r"MakesData overrides _prepare_inputs"):
         build(MakesData, make_model("bert"), optim="adasam").train()
-    with pytest.raises(RuntimeError, match=r"Pretends did not call the training_step"):
-        build(Pretends, make_model("bert"), optim="adasam").train()
-    with pytest.raises(RuntimeError, match=r"Pretends did not call the training_step"):
-        build(Pretends, make_model("bert"), optim="adasam", logging_strategy="no").train()
+    for more in ({}, {"logging_strategy": "no"}):  # plain steps, and whoever asked for others is told
+        caplog.clear()
+        build(Pretends, make_model("bert"), optim="adasam", **more).train()
+        assert "none of this training's 6 steps that were to be perturbed was: it was plain training" in caplog.text
 
     class Talks(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
@@ -730,22 +730,6 @@ def test_gradients_of_others_are_not_thrown_away(build, kind):
     )
     plain.train()
     assert not torch.allclose(found[2], flat(plain.model), atol=1e-7)
-
-
-def test_a_window_without_its_second_pass_is_an_error(build):
-    class Skips(Sharp):
-        calls = 0
-
-        def training_step(self, model, inputs, *args, **kwargs):
-            self.calls += 1
-            if self.calls % 2 == 0:
-                return torch.zeros(())
-            return super().training_step(model, inputs, *args, **kwargs)
-
-    for steps in (1, 2):  # noticed at the log or at the next window
-        with pytest.raises(RuntimeError, match=r"Skips called the training_step .* for 1 of the 2 micro-batches"):
-            build(Skips, make_model("bert"), sam_rho=0.05, logging_steps=steps, **WINDOW).train()
-    build(Skips, make_model("bert"), sam_rho=0.0, **WINDOW).train()
 
 
 def test_inputs_that_change_in_place_are_told_of(build, caplog):

@@ -4,7 +4,7 @@ from conftest import Plain, Sharp, make_rows
 from distributed.cases import BatchNormed
 from torch import nn
 
-from adasam_hf import running_stats
+from adasam_hf import buffers
 
 
 def statistics(model):
@@ -37,19 +37,19 @@ def test_they_come_from_the_clean_pass(build, scope):
 
 
 @pytest.mark.parametrize("layer", [nn.BatchNorm1d(3), nn.InstanceNorm1d(3, track_running_stats=True)])
-def test_kept(layer):
+def test_unchanged(layer):
     x = torch.randn(4, 3, 5)
     layer(x)
     before = statistics(layer)
-    with pytest.raises(KeyError), running_stats.kept(layer):
+    with pytest.raises(KeyError), buffers.unchanged(layer):
         y = layer(2 * x)
         raise KeyError
     assert before and all(torch.equal(b, before[name]) for name, b in layer.named_buffers())
-    assert torch.allclose(y.mean((0, 2)), torch.zeros(3), atol=1e-6)  # by its own batch, as ever
+    assert torch.allclose(y.mean((0, 2)), torch.zeros(3), atol=1e-6)  # by its own batch
     layer(2 * x)
     assert not torch.equal(layer.running_mean, before["running_mean"])
 
 
 def test_layers_without_statistics_are_left_alone():
-    with running_stats.kept(nn.Sequential(nn.BatchNorm1d(3, track_running_stats=False), nn.LayerNorm(3))) as nothing:
+    with buffers.unchanged(nn.Sequential(nn.BatchNorm1d(3, track_running_stats=False), nn.LayerNorm(3))) as nothing:
         assert nothing is None

@@ -7,7 +7,7 @@ from conftest import make_model, make_rows
 from transformers.training_args import OptimizerNames
 
 from adasam_hf import AdaSAMTrainer, AdaSAMTrainingArguments
-from adasam_hf.distributed import refuse_unsupported
+from adasam_hf.refusals import refuse_unsupported
 
 
 def trainer(
@@ -39,11 +39,11 @@ REFUSED = {
     "FSDP version 1": ({"kind": FSDP, "world_size": 2}, "FSDP version 1: use version 2"),
     "FSDP2": (
         {"kind": FSDP, "world_size": 2, "fsdp2": True, "sam_scope": "microbatch"},
-        "FSDP2 and a local ascent.*sam_scope='batch'",
+        "FSDP2 and an ascent of each process by itself.*sam_scope='batch'",
     ),
     "FSDP2 with `sam_sync=False`": (
         {"kind": FSDP, "world_size": 2, "fsdp2": True, "sam_sync": False},
-        "FSDP2 and a local ascent.*sam_sync=True",
+        "FSDP2 and an ascent of each process by itself.*sam_sync=True",
     ),
     "FSDP2 with `sam_parameters`": (
         {"kind": FSDP, "world_size": 2, "fsdp2": True, "sam_parameters": "norm"},
@@ -115,7 +115,7 @@ def test_refused_before_training_and_only_if_sharpness_aware(tmp_path, monkeypat
     )
     model = make_model("bert", torch.float32)
     before = model.classifier.weight.detach().clone()
-    monkeypatch.setattr("adasam_hf.distributed._obstacle", lambda _: ("this cluster", "use another"))
+    monkeypatch.setattr("adasam_hf.refusals._obstacle", lambda _: ("this cluster", "use another"))
     run = AdaSAMTrainer(model=model, args=args, train_dataset=make_rows(4)).train
     if rho:
         with pytest.raises(NotImplementedError, match="this cluster: use another"):
@@ -140,6 +140,5 @@ def test_a_dummy_optimizer_is_refused_and_at_radius_zero_left_alone(tmp_path, mo
                 trainer.create_optimizer()
         else:
             trainer.create_optimizer()
-            trainer._start_perturbing()
-            assert trainer._rho_share == 0.0
+            assert not trainer._running().planner.plan(0, 1, updated=False).perturbs
         trainer.accelerator.state.distributed_type = DistributedType.NO

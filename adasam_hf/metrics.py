@@ -1,0 +1,90 @@
+"""What is logged of the two passes: counted when the weights have been perturbed, and on the device."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+# Why a step that was to perturb the weights was a plain one.
+SKIPPED = "the trainer did not take all of its micro-batches to the end (a batch that it skips, or gives up)"
+NO_GRADIENT = "the batch has no gradient for any parameter that may move"
+NO_NORM = "the gradient was 0 or not finite (rows without labels, or an overflow)"
+
+
+@dataclass
+class StepMetrics:
+    """Sums over the steps between two log entries. A step counts when its weights have been perturbed.
+
+    Attributes:
+        planned: steps that were to be perturbed.
+        radius: of the last of them.
+        reasons: why steps were plain ones instead, as far as the host knows.
+    """
+
+    planned: int = 0
+    radius: float = 0.0
+    reasons: set[str] = field(default_factory=set)
+    ascent_rows: int = 0
+    all_rows: int = 0
+    _sums: dict[str, Tensor] = field(default_factory=dict)
+
+    def plan(self, radius: float, ascent_rows: int = 0, all_rows: int = 0) -> None:
+        """Note a step that is to be perturbed, and the share of its rows that the ascent will see."""
+        self.planned += 1
+        self.radius = radius
+        self.ascent_rows += ascent_rows
+        self.all_rows += all_rows
+
+    def perturbed(self, norm: Tensor, share: float, applied: Tensor | None, **losses: Tensor) -> None:
+        """Note a perturbation.
+
+        Args:
+            norm: ‖s‖₂, 0-d. If it is 0 or not finite nothing has moved, and nothing but that is counted.
+            share: of an optimizer step that this is: 1, or 1/k in scope microbatch.
+            applied: share of δ that rounding left over, where weights are half-precision.
+            losses: ``clean`` and ``sam``, sums over micro-batches at w and at w + δ.
+        """
+        moved = torch.isfinite(norm) & (norm > 0)
+        values: dict[str, Any] = {"steps": torch.full_like(norm, share), **losses}
+        if applied is not None:
+            values |= {"applied": applied * share}
+        for name, value in values.items():
+            value = torch.where(moved, value.detach().to(norm.device), 0.0)
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        if losses:  # the direction is a gradient
+            last = self._sums.get("norm", torch.zeros_like(norm))
+            self._sums["norm"] = torch.where(moved, norm, last)
+        self._sums["still"] = self._sums.get("still", 0) + (~moved).to(norm.dtype)
+
+    def read(self, accelerator: Accelerator) -> tuple[dict[str, float], float]:
+        """The log's entries, means over steps and processes, and how many steps were perturbed.
+
+        Every process must be here, as for the mean of the loss that the Trainer takes. Waits for the device.
+        """
+        names = ("steps", "clean", "sam", "norm", "applied", "still", "has_norm", "has_applied", "share")
+        zero = torch.zeros((), device=accelerator.device)
+        sums: dict[str, Any] = dict(self._sums)
+        sums["has_norm"] = (sums["norm"] > 0) if "norm" in sums else zero
+        sums["has_applied"] = sums["steps"] if "applied" in sums else zero
+        sums["share"] = zero + (self.ascent_rows / self.all_rows if self.all_rows else 1.0)
+        wide = torch.float64 if accelerator.device.type == "cpu" else torch.float32
+        row = torch.stack([torch.as_tensor(sums.get(name, zero)).to(zero.device, wide) for name in names])
+        total = dict(zip(names, accelerator.reduce(row, "sum").tolist(), strict=True))
+        values: dict[str, float] = {}
+        if total["has_norm"] and total["steps"]:
+            loss, sam_loss = total["clean"] / total["steps"], total["sam"] / total["steps"]
+            values = {"sam_loss": sam_loss, "sam_gap": sam_loss - loss}
+            values["sam_grad_norm"] = total["norm"] / total["has_norm"]
+        if total["has_applied"]:
+            values["sam_applied"] = total["applied"] / total["has_applied"]
+        if total["still"]:
+            self.reasons.add(NO_NORM)
+        values["sam_rho"] = self.radius
+        if self.all_rows:
+            values["sam_ascent_share"] = total["share"] / accelerator.num_processes
+        steps = round(total["steps"] / accelerator.num_processes, 2)
+        if steps < self.planned:
+            values["sam_perturbed_steps"] = steps
+        return values, steps

@@ -1,0 +1,100 @@
+"""Warns, while a run trains, of a radius that does not do what it is there for."""
+
+import math
+from collections.abc import Collection
+
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+_PATIENCE = 20  # steps in a row
+_FAR = 2.0  # times the highest loss of the run so far
+_STRETCH = 25  # steps whose mean loss is compared with that of the first so many
+_STUCK = 0.98  # of the mean loss of the first stretch
+_STEEP = 0.05  # of the loss
+
+
+class RadiusMonitor:
+    """Warns, once each, of a radius that is far too large, of one that rounding swallows, and of plain steps.
+
+    Too large, with a first pass: for 20 steps on end the loss at w + δ is more than twice the highest loss at w so
+    far, so that the neighbourhood knows less than the untrained model; or, once the warm-up is over, the mean loss of
+    two stretches of 25 steps running is that of the first stretch, while at w + δ it is more than 5 % higher: the run
+    may have collapsed to chance.
+
+    Args:
+        rho: the radius of the arguments, before any schedule.
+    """
+
+    def __init__(self, rho: float) -> None:
+        self._rho = rho
+        self._highest = 0.0
+        self._steps_far = 0.0
+        self._stretch = [0.0, 0.0, 0.0]  # steps, sum of the loss, sum of the gap
+        self._first: float | None = None
+        self._stuck = 0
+        self._warned: set[str] = set()
+
+    def __call__(self, values: dict[str, float], steps: float, warm: bool = True) -> None:
+        """Look at the means of `steps` perturbed steps; `warm`: whether the learning rate has reached its peak."""
+        if values.get("sam_applied", 1.0) < 0.5:
+            self._warn_once(
+                "lost",
+                f"rounding to half-precision weights leaves {values['sam_applied']:.0%} of the perturbation of radius "
+                f"{values['sam_rho']:g}; load the model in float32 (dtype=torch.float32), with bf16=True for speed",
+            )
+        if "sam_loss" not in values:
+            return
+        sam_loss, loss = values["sam_loss"], values["sam_loss"] - values["sam_gap"]
+        self._highest = max(self._highest, loss)
+        far = sam_loss > _FAR * self._highest or math.isnan(sam_loss)
+        self._steps_far = self._steps_far + steps if far else 0
+        if self._steps_far >= _PATIENCE:
+            self._warn_once(
+                "large",
+                f"sam_rho={self._rho:g} looks far too large: for {self._steps_far:g} steps the perturbed loss "
+                f"({sam_loss:.3g}) has been more than {_FAR:g} times the highest loss of this run "
+                f"({self._highest:.3g}); try sam_rho={self._rho / 4:.1g}",
+            )
+        if warm:
+            self._look_for_collapse(steps, loss, values["sam_gap"])
+
+    def plain_steps(self, steps: float, planned: int, reasons: Collection[str]) -> None:
+        """Of `planned` steps that were to be perturbed only `steps` were."""
+        for reason in sorted(reasons):
+            self._warn_once(
+                reason,
+                f"{planned - steps:g} of {planned} sharpness-aware steps were plain ones: {reason}; "
+                "sam_perturbed_steps in the log counts those that were not",
+            )
+
+    def never(self, planned: int, reasons: Collection[str]) -> None:
+        """A training has ended without a perturbed step."""
+        why = f" ({'; '.join(sorted(reasons))})" if reasons else ""
+        logger.warning(
+            f"sam_rho={self._rho:g}, but none of this training's {planned} steps that were to be perturbed was: it was "
+            f"plain training{why}"
+        )
+
+    def _look_for_collapse(self, steps: float, loss: float, gap: float) -> None:
+        self._stretch = [a + b for a, b in zip(self._stretch, (steps, steps * loss, steps * gap), strict=True)]
+        count = self._stretch[0]
+        if count < _STRETCH:
+            return
+        loss, gap = self._stretch[1] / count, self._stretch[2] / count
+        self._stretch = [0.0, 0.0, 0.0]
+        if self._first is None:
+            self._first = loss
+            return
+        self._stuck = self._stuck + 1 if loss > _STUCK * self._first and gap > _STEEP * loss else 0
+        if self._stuck == 2:
+            self._warn_once(
+                "large",
+                f"sam_rho={self._rho:g} may be too large: the loss ({loss:.3g}) is where it began, and the perturbed "
+                f"loss is {gap / loss:.0%} higher; if the run does not learn, try sam_rho={self._rho / 4:.1g}",
+            )
+
+    def _warn_once(self, what: str, message: str) -> None:
+        if what not in self._warned:
+            self._warned.add(what)
+            logger.warning(message)

@@ -1,0 +1,125 @@
+"""When, along what and how far the weights are perturbed: from the arguments, the optimizer's groups and progress."""
+
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from transformers.utils import logging
+
+from .directions import DIRECTIONS, Direction, PreviousAscent
+from .optim import AdaSAM
+from .parameters import choose_parameters, optimized
+from .schedule import PeakRates
+from .training_args import RADIUS_ZERO, SharpnessAwareArgumentsMixin
+from .window import StepPlan
+
+logger = logging.get_logger(__name__)
+
+
+def unwrapped(optimizer: Optimizer) -> Optimizer:
+    """The optimizer that updates, out of Accelerate's wrapper."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+def base_radii(args: SharpnessAwareArgumentsMixin, optimizer: Optimizer) -> list[float]:
+    """The radius of each parameter group, before any schedule.
+
+    That of the arguments; where `sam_rho` is unset, an `AdaSAM` in use brings its own.
+    """
+    groups = getattr(optimizer, "param_groups", [{}])  # DeepSpeed may put a dummy there
+    if args.sam_rho is None and args.optim not in RADIUS_ZERO and isinstance(unwrapped(optimizer), AdaSAM):
+        return [group["rho"] for group in groups]
+    return [args.resolved_rho] * len(groups)
+
+
+class Planner:
+    """Plans the steps of one training. The optimizer's groups are read at every step, never remembered.
+
+    Args:
+        args: read at every step, too.
+        model: whose parameters have names.
+        optimizer: as the trainer holds it.
+
+    Attributes:
+        previous: what was ascended along last, for `sam_reuse`.
+    """
+
+    def __init__(self, args: SharpnessAwareArgumentsMixin, model: nn.Module, optimizer: Optimizer) -> None:
+        self.args, self._model, self._optimizer = args, model, optimizer
+        self.own_direction = DIRECTIONS[args.resolved_direction](optimizer)
+        self.previous = PreviousAscent(optimizer)
+        self._peak_rates = PeakRates()
+
+    @property
+    def radii(self) -> list[float]:
+        """Before any schedule, one for each group."""
+        return base_radii(self.args, self._optimizer)
+
+    def settle_radii(self) -> None:
+        """Write the radii of the arguments into an `AdaSAM` that was given, or loaded, with others."""
+        adasam = unwrapped(self._optimizer)
+        if isinstance(adasam, AdaSAM):
+            for group, rho in zip(adasam.param_groups, self.radii, strict=True):
+                if group["rho"] != rho:
+                    logger.warning(f"sam_rho={rho} replaces the radius {group['rho']} of the optimizer or checkpoint")
+                group["rho"] = rho
+
+    def chosen(self) -> list[nn.Parameter] | None:
+        """Those of the optimizer's parameters that may move now, or None for all.
+
+        Raises:
+            ValueError: if `sam_parameters` names none of them.
+        """
+        named = choose_parameters(self._model, self.args.sam_parameters, optimized(self._optimizer))
+        return None if named is None else [p for p in named if p.requires_grad]
+
+    def plan(self, step: int, total: int, updated: bool) -> StepPlan:
+        """Of the optimizer step `step` of `total`; `updated`: whether there has been an update before it."""
+        radii = self.radii
+        plain = StepPlan([0.0] * len(radii))
+        if not any(radii):
+            return plain
+        shares = self._rate_shares(len(radii))
+        schedule = self.args.sam_schedule
+        total = max(total, 1)  # 0 if steps are taken by hand
+        step = min(step, total - 1)
+        if step not in schedule.steps(total):
+            return plain
+        if schedule.climbs(step, total) or (self.args.sam_reuse and not self.previous.vectors):
+            direction = self.own_direction
+        elif self.args.sam_reuse:
+            direction = self.previous
+        else:
+            return plain
+        if not direction.first_pass and not self._has_vectors(direction):
+            if updated:
+                raise RuntimeError(
+                    f"sam_direction={self.args.resolved_direction!r}: after an update the optimizer keeps no first "
+                    "moment; choose one that does (adasam, adamw_torch, sam with sgd_momentum above 0), or "
+                    "sam_direction='gradient'"
+                )
+            return plain
+        scheduled = [rho * schedule.factor(step, total, share) for rho, share in zip(radii, shares, strict=True)]
+        return StepPlan(scheduled, direction, self.chosen())
+
+    def _rate_shares(self, groups: int) -> list[float]:
+        """Of each group, its learning rate as a share of its peak so far. (Asked in every step, to see the peaks.)"""
+        if self.args.sam_rho_schedule != "lr":
+            return [1.0] * groups
+        return [
+            self._peak_rates.share(i, float(group["lr"]), group.get("initial_lr"))
+            for i, group in enumerate(self._optimizer.param_groups)
+        ]
+
+    def _has_vectors(self, direction: Direction) -> bool:
+        return any(direction(p) is not None for p in optimized(self._optimizer))
+
+    # What a resumed training could not know otherwise.
+
+    def state(self) -> dict[str, Any]:
+        """To be kept in a checkpoint, as JSON; empty if there is nothing to keep."""
+        return {"peak_rates": self._peak_rates.state()} if self.args.sam_rho_schedule == "lr" else {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` has returned."""
+        self._peak_rates.load(state["peak_rates"])

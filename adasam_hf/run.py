@@ -1,0 +1,208 @@
+"""What lives for one training of a Trainer: planner, step, window, numbers and warnings."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from . import activity, counters
+from .description import describe
+from .interfaces import SharpnessAwareTrainer
+from .metrics import SKIPPED, StepMetrics
+from .monitor import RadiusMonitor
+from .optim import AdaSAM
+from .plan import Planner, unwrapped
+from .rows import choose_rows, is_paired
+from .step import TwoPassStep
+from .synchronization import Synchronization, ascends_per_process
+from .window import StepPlan, Window
+
+logger = logging.get_logger(__name__)
+
+AscentStep = Callable[[Tensor | int | None, int, Any], Tensor]
+"""The stock step for a share of the rows: with their `num_items_in_batch`, and the number of their micro-batches."""
+
+
+class SharpnessAwareRun:
+    """One training: made when it begins, and gone when it has ended.
+
+    Args:
+        trainer: with the arguments of `SharpnessAwareArgumentsMixin`, and with its optimizer.
+    """
+
+    def __init__(self, trainer: SharpnessAwareTrainer) -> None:
+        self.args = trainer.args
+        self.planner = Planner(self.args, trainer.model, trainer.optimizer)
+        self.step = TwoPassStep(
+            trainer.model,
+            trainer.optimizer,
+            scope=self.args.sam_scope,
+            same_masks=self.args.sam_dropout == "same",
+            adaptive=self.args.sam_adaptive,
+            metrics=StepMetrics(),
+            around_descent=partial(counters.unchanged, trainer),
+            beside=[value for value in vars(trainer).values() if isinstance(value, nn.Module)],
+            loss_scale=partial(_loss_scale, trainer),
+            owner=f"{type(trainer).__qualname__}.training_step",
+        )
+        if self.args.sam_reuse:
+            self.step.previous = self.planner.previous
+        self._window = Window([])
+        self._stock_step: Callable[[Any], Tensor] | None = None
+        self._ascent_items: Tensor | int | None = None  # `num_items_in_batch` of what the ascent sees
+        self._first_step: int | None = None  # None until a step has begun
+        self._monitor = RadiusMonitor(max(self.planner.radii, default=0.0))
+        self._planned = 0  # steps of this training that were to be perturbed, as far as they have been logged
+        self._perturbed = 0.0  # … and that were
+        self._reasons: set[str] = set()
+
+    @property
+    def metrics(self) -> StepMetrics:
+        """Since the last log entry."""
+        return self.step.metrics
+
+    # ---- steps ----
+
+    def begin_step(self, trainer: SharpnessAwareTrainer, samples: list[Any]) -> Window:
+        """Plan the optimizer step whose micro-batches `samples` are. Returns its window."""
+        if self._window.plan.perturbs and not self._window.complete:
+            self.metrics.reasons.add(SKIPPED)
+        first = self._first_step is None
+        if first:
+            self._first_step = trainer.state.global_step
+            self.planner.settle_radii()
+        window = Window(samples)
+        if samples:  # an unsized dataset that has run out goes on to give windows without a micro-batch
+            self._plan(trainer, window)
+        if first:
+            self._introduce(trainer)
+        self._window = window
+        return window
+
+    def _plan(self, trainer: SharpnessAwareTrainer, window: Window) -> None:
+        """Look at the optimizer's groups, the schedule and the rows; once more when the step really begins."""
+        updated = trainer.state.global_step > (self._first_step or 0)
+        updated = updated and not trainer.accelerator.optimizer_step_was_skipped
+        known = window.plan.perturbs
+        window.plan = plan = self.planner.plan(trainer.state.global_step, trainer.state.max_steps, updated)
+        if not plan.perturbs or known:
+            return
+        rows = self._share_rows(trainer, window) if plan.ascends and self.args.resolved_ascent_fraction < 1 else (0, 0)
+        self.metrics.plan(max(plan.radii), *rows)
+
+    def _share_rows(self, trainer: SharpnessAwareTrainer, window: Window) -> tuple[int, int]:
+        """Choose what the ascent sees of each micro-batch. Returns its number of rows, and that of all rows."""
+        share, least = self.args.resolved_ascent_fraction, self.args.sam_ascent_min_rows
+        paired = is_paired(trainer)
+        # The last micro-batch always takes part: its backward pass is the one that sends gradients. In scope microbatch
+        # each has an ascent of its own.
+        parts = [list(reversed(window))] if self.args.sam_scope == "batch" else [[one] for one in reversed(window)]
+        chosen = [choose_rows(part, share, least, paired=paired) for part in parts]
+        window.ascent_inputs = [batch for part in chosen for batch in part.batches][::-1]
+        seen = [batch for batch in window.ascent_inputs if batch is not None]
+        self._ascent_items = trainer._get_num_items_in_batch(seen, trainer.args.device)
+        return sum(part.rows for part in chosen), sum(part.total for part in chosen)
+
+    def take(
+        self,
+        trainer: SharpnessAwareTrainer,
+        model: nn.Module,
+        inputs: Any,
+        stock_step: Callable[[Any], Tensor],
+        ascent_step: AscentStep,
+    ) -> Tensor:
+        """One micro-batch of the present window, or a window of one if there is none: a call by hand."""
+        if not (self._window and trainer.is_in_train):
+            self.begin_step(trainer, [inputs])
+        window = self._window
+        if not window.begun:
+            # Callbacks have been told that the step begins, and may have thawed layers, or added a group.
+            window.begun = True
+            self._plan(trainer, window)
+        self._stock_step = stock_step
+        ascent = None
+        if window.ascent_inputs is not None:
+            micro_batches = sum(batch is not None for batch in window.ascent_inputs)
+            ascent = partial(ascent_step, self._ascent_items, micro_batches)
+        return self.step(window, inputs, stock_step, self._synchronization(trainer, model, window.plan), ascent)
+
+    def finish_step(self, trainer: SharpnessAwareTrainer, model: nn.Module) -> None:
+        """Before the update: see to what a trainer has left of the window."""
+        if self._stock_step is not None:
+            self.step.finish(self._window, self._stock_step, self._synchronization(trainer, model, self._window.plan))
+
+    def _synchronization(self, trainer: SharpnessAwareTrainer, model: nn.Module, plan: StepPlan) -> Synchronization:
+        return Synchronization(trainer.accelerator, model, ascends_per_process(self.args), plan.chosen is not None)
+
+    @property
+    def first_pass_cost(self) -> float:
+        """Of the present step's ascent, as a share of a whole pass."""
+        if not self._window.plan.ascends:
+            return 0.0
+        # without weight gradients backward is half as much, thus a pass two thirds
+        return self.args.resolved_ascent_fraction * (2 / 3 if self._window.plan.chosen is not None else 1)
+
+    # ---- numbers ----
+
+    def read_metrics(self, trainer: SharpnessAwareTrainer) -> dict[str, float]:
+        """The ``sam_*`` entries since the last call, none if nothing can be perturbed. Every process must be here."""
+        if not any(self.planner.radii) and not self._planned:
+            return {}
+        metrics, self.step.metrics = self.metrics, StepMetrics()
+        values, steps = metrics.read(trainer.accelerator)
+        planned, reasons = metrics.planned, metrics.reasons
+        self._planned += planned
+        self._perturbed += steps
+        if "sam_perturbed_steps" in values:
+            reasons = reasons or {SKIPPED}
+            self._reasons |= reasons
+        if trainer.is_world_process_zero():
+            warm = trainer.state.global_step > self.args.get_warmup_steps(trainer.state.max_steps)
+            self._monitor(values, steps, warm)
+            if "sam_perturbed_steps" in values:
+                self._monitor.plain_steps(steps, planned, reasons)
+        return values
+
+    def end(self, trainer: SharpnessAwareTrainer) -> None:
+        """The training has come to its end: look at the steps since the last log entry, and at all of them."""
+        self.read_metrics(trainer)
+        activity.record(round(self._perturbed))
+        if self._planned and not self._perturbed and trainer.is_world_process_zero():
+            self._monitor.never(self._planned, self._reasons)
+
+    # ---- words at the start ----
+
+    def _introduce(self, trainer: SharpnessAwareTrainer) -> None:
+        args, radii, total = self.args, self.planner.radii, trainer.state.max_steps
+        used = unwrapped(trainer.optimizer)
+        ours = args.package_optimizer()
+        if ours and not isinstance(used, ours[0]):
+            logger.warning(f"optim={args.optim} is not in use: the trainer was given a {type(used).__qualname__}")
+        # get_warmup_steps(100): a number of steps, or its share of training, above 0 either way
+        if isinstance(used, AdaSAM) and used.param_groups[0]["betas"][1] >= 0.999 and not args.get_warmup_steps(100):
+            logger.warning(
+                f"betas={used.param_groups[0]['betas']} without warm-up: AdaSAM has no bias correction, so its first "
+                "steps are several times the learning rate; use adam_beta2=0.98 or warmup_steps"
+            )
+        if any(radii) and not args.sam_schedule.steps(max(total, 1)):
+            logger.warning(
+                f"sam_start={args.sam_start} and sam_end={args.sam_end} leave no step to perturb the weights in, of "
+                f"{total}; train longer, or move them apart"
+            )
+        if not any(radii) and (idle := args.arguments_without_effect()):
+            logger.warning(f"{', '.join(idle)}: without effect at radius 0; pass --optim adasam, or --sam_rho 0.05")
+        if trainer.is_world_process_zero():
+            chosen = self.planner.chosen() if any(radii) else None
+            rows = (self.metrics.ascent_rows, self.metrics.all_rows) if self.metrics.all_rows else None
+            line = describe(args, trainer.accelerator, trainer.model, trainer.optimizer, radii, chosen, rows)
+            logger.warning_advice(line)  # type: ignore[attr-defined]
+
+
+def _loss_scale(trainer: SharpnessAwareTrainer) -> float | Tensor:
+    scaler = trainer.accelerator.scaler
+    if scaler is None:
+        return 1.0
+    return scaler.scale(torch.ones((), device=trainer.accelerator.device))  # `get_scale` would wait for the device

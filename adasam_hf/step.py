@@ -1,0 +1,272 @@
+"""One optimizer step in two passes. It knows windows and gradients; the stock step is handed in."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from transformers.utils import logging
+
+from . import rng
+from .buffers import ModelState
+from .directions import PreviousAscent
+from .metrics import NO_GRADIENT, SKIPPED, StepMetrics
+from .parameters import add_gradients, gradients_only_for, optimized, reached, take_gradients
+from .perturbation import Perturbation
+from .synchronization import Synchronization
+from .window import Pass, StepPlan, Window
+
+logger = logging.get_logger(__name__)
+
+StockStep = Callable[[Any], Tensor]
+"""Forward and backward for one micro-batch: leaves gradients in ``.grad``, as the update wants them scaled; returns the
+loss, detached, scaled alike, so that those of a window add up to its mean."""
+
+
+class TwoPassStep:
+    r"""The sharpness-aware step for one micro-batch after another (Algorithm 1 of arXiv:2303.00565).
+
+    With weights w, one step over a window of k micro-batches is
+
+    1. ascent: the stock step at w for each of them gives s, the gradient that a stock step would use;
+    2. perturb: w + δ with δ = ρ s/‖s‖₂ (`Perturbation`);
+    3. descent: the stock step again on the same micro-batches, from the same random state and buffers, gives g;
+    4. restore: w, bit for bit; g is in ``.grad`` for whoever clips and updates.
+
+    In scope ``batch`` 2 to 4 happen in the call for the last micro-batch, along the gradient of the whole window; in
+    scope ``microbatch`` each call does them for its own micro-batch. A direction without a first pass (the momentum)
+    leaves 2, one stock step at w + δ, and 4. Where nothing can be perturbed the step is the stock one.
+
+    Args:
+        model: whose buffers and generators a pass moves, and whose gradients count beside the optimizer's.
+        optimizer: whose parameter groups are perturbed; read at every step.
+        scope: ``batch`` or ``microbatch``.
+        same_masks: whether the descent repeats the random numbers of the ascent.
+        adaptive: see `Perturbation.ascend`.
+        metrics: where what happens is counted.
+        around_descent: a context for the stock steps of the descent, such as `counters.unchanged`.
+        beside: modules beside `model` that its loss runs through.
+        loss_scale: by which the gradients are larger than those of the loss (a gradient scaler's).
+        owner: who takes the micro-batches, as messages name it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        scope: str,
+        same_masks: bool,
+        adaptive: bool,
+        metrics: StepMetrics,
+        around_descent: Callable[[], AbstractContextManager] = nullcontext,
+        beside: Iterable[nn.Module] = (),
+        loss_scale: Callable[[], float | Tensor] = lambda: 1.0,
+        owner: str = "the loop",
+    ) -> None:
+        self.perturbation = Perturbation(optimizer)
+        self.previous: PreviousAscent | None = None
+        """Where the vectors of the last ascent are copied to, if they are to be used again."""
+        self.metrics = metrics
+        self._model, self._optimizer = model, optimizer
+        self._scope, self._same_masks, self._adaptive = scope, same_masks, adaptive
+        self._around_descent, self._loss_scale, self._owner = around_descent, loss_scale, owner
+        self._modules = list(dict.fromkeys(m for root in (model, *beside) for m in root.modules()))
+        self._generators = rng.generators_of(self._modules)
+        self._restrict = True  # whether the ascent may leave out the gradients of parameters that are not chosen
+        self._warned_of_inputs = False
+
+    def __call__(
+        self,
+        window: Window,
+        inputs: Any,
+        stock_step: StockStep,
+        sync: Synchronization,
+        ascent_step: StockStep | None = None,
+    ) -> Tensor:
+        """Take the micro-batch at hand, `inputs` of `window`, and return its loss at w, as the stock step does.
+
+        (That of what the ascent sees; at w + δ, if the direction needs no first pass.)
+
+        Args:
+            stock_step: for the descent, and for a plain step.
+            sync: of the gradients between processes.
+            ascent_step: for the ascent, if it sees something else than the descent does.
+        """
+        if not window.plan.perturbs:
+            return stock_step(inputs)
+        if not window.plan.ascends:
+            return self._single_pass(window, inputs, stock_step)
+        if window.passes:
+            self._look_at_gradients(window)
+        else:
+            window.leftover = take_gradients(self._reached())
+        loss = self._ascent(window, inputs, ascent_step or stock_step, sync)
+        if self._scope == "microbatch" or window.at_last:
+            self._descent(window, stock_step, sync)
+        else:
+            window.note_gradients(self._reached())
+        return loss
+
+    def finish(self, window: Window, stock_step: StockStep, sync: Synchronization) -> None:
+        """Before the update: what is left of a window that has not been gone through is a plain step.
+
+        ``.grad`` has the ascent's gradients, which are the stock step's, unless the ascent saw only a part of it all.
+        """
+        passes = window.take_passes()
+        if passes and (window.ascent_inputs is not None or window.plan.chosen is not None):
+            take_gradients(self._reached())
+            for one in passes:
+                with sync.of_descent(last=False), self._replay(one):
+                    stock_step(one.inputs)
+        add_gradients(window.leftover)
+        window.leftover = {}
+        if not window.complete and window.plan.perturbs:
+            self.metrics.reasons.add(SKIPPED)
+
+    # ---- the passes ----
+
+    def _single_pass(self, window: Window, inputs: Any, stock_step: StockStep) -> Tensor:
+        with self._perturbed(window.plan) as norm:
+            loss = stock_step(inputs)
+        self.metrics.perturbed(norm, 1 / len(window), self.perturbation.applied)
+        window.complete = True
+        return loss
+
+    def _ascent(self, window: Window, inputs: Any, ascent_step: StockStep, sync: Synchronization) -> Tensor:
+        """The stock step at w, on what the ascent sees and for the parameters that may move. Returns its loss."""
+        if self._scope == "batch" and any(one.position == window.position for one in window.passes):
+            raise RuntimeError(
+                f"{self._owner} takes one micro-batch of several twice, which sam_scope='batch' cannot replay: by the "
+                "second pass, whatever changed between the two calls has changed back; set sam_scope='microbatch', "
+                "gradient_accumulation_steps=1, or sam_rho=0"
+            )
+        one = Pass(inputs, rng.capture(self._generators), ModelState(self._modules), window.position)
+        window.passes.append(one)
+        try:
+            seen = window.seen_by_ascent(inputs)
+            if seen is None:
+                loss = torch.zeros((), device=next(self._model.parameters()).device)
+            else:
+                loss = self._restricted(window, seen, ascent_step, sync)
+        except BaseException:
+            # A trainer may catch it and go on; then this micro-batch is one that it skips, as in stock.
+            window.passes.pop()
+            if self._scope == "microbatch" or not window.passes:
+                add_gradients(window.leftover)
+                window.leftover = {}
+            window.note_gradients(self._reached())
+            raise
+        window.losses.append(loss)
+        return loss
+
+    def _restricted(self, window: Window, seen: Any, ascent_step: StockStep, sync: Synchronization) -> Tensor:
+        chosen = window.plan.chosen if self._restrict else None
+        versions = _versions(seen)
+        start = window.passes[-1]
+        with sync.of_ascent():
+            try:
+                with gradients_only_for(chosen, self._reached()):
+                    loss = ascent_step(seen)
+            except RuntimeError as error:
+                if chosen is None or "does not require grad" not in str(error):
+                    raise
+                # No chosen parameter takes part in this micro-batch, so its loss has no graph; all others have one.
+                rng.rewind(start.random)
+                start.state.restore()
+                loss = ascent_step(seen)
+        changed = [key for key, (tensor, number) in versions.items() if tensor._version != number]
+        if changed and seen is start.inputs and not self._warned_of_inputs:
+            self._warned_of_inputs = True
+            logger.warning(
+                f"compute_loss, or the model, changes inputs {changed} in place. If the change is another one when it "
+                "is done twice, the second pass sees another batch; change a copy then"
+            )
+        return loss
+
+    def _descent(self, window: Window, stock_step: StockStep, sync: Synchronization) -> None:
+        """Perturb, take the stock step at w + δ for each micro-batch of the window, and restore w."""
+        plan, passes = window.plan, window.take_passes()
+        leftover, window.leftover = window.leftover, {}
+        losses, window.losses = window.losses, []
+        trainable = [p for p in (plan.chosen or optimized(self._optimizer)) if p.requires_grad]
+        sync.finish_ascent(trainable)
+        have_gradient = {p for p in trainable if p.grad is not None}
+        if self.previous is not None and plan.direction is not None:
+            self.previous.remember(plan.direction)
+        after_ascent = ModelState(self._modules)
+        repeat = self._same_masks and window.ascent_inputs is None
+        if self._same_masks and not repeat:
+            # There are no masks to repeat, as those of the ascent had fewer rows: draw what a plain step would draw.
+            rng.rewind(passes[0].random)
+        sam_losses = []
+        with self._perturbed(plan) if have_gradient else nullcontext() as norm, self._around_descent():
+            take_gradients(self._reached())  # of parameters outside the optimizer
+            add_gradients(leftover)
+            try:
+                for i, one in enumerate(passes, 1):
+                    with sync.of_descent(last=i == len(passes)), self._replay(one, repeat):
+                        sam_losses.append(stock_step(one.inputs))
+            finally:
+                after_ascent.restore()
+        window.complete = True
+        if norm is None:
+            self.metrics.reasons.add(NO_GRADIENT)
+            return
+        if plan.chosen is not None and self._restrict and repeat:
+            self._look_for_hidden(set(trainable) - have_gradient - set(leftover))
+        share = len(passes) / len(window) if self._scope == "microbatch" else 1.0
+        self.metrics.perturbed(
+            norm / self._loss_scale(),
+            share,
+            self.perturbation.applied,
+            clean=reduce(torch.add, losses),
+            sam=reduce(torch.add, sam_losses),
+        )
+
+    def _perturbed(self, plan: StepPlan) -> AbstractContextManager[Tensor]:
+        only = None if plan.chosen is None else set(plan.chosen)
+        return self.perturbation.perturbed(plan.radii, plan.direction, adaptive=self._adaptive, only=only)
+
+    @staticmethod
+    @contextmanager
+    def _replay(one: Pass, same_numbers: bool = True) -> Iterator[None]:
+        """Inside it, the buffers and, unless the numbers are to be others, the generators are as `one` found them."""
+        with one.state.replay(), rng.replay(one.random) if same_numbers else nullcontext():
+            yield
+
+    # ---- what others do to the gradients ----
+
+    def _reached(self) -> list[nn.Parameter]:
+        return reached(self._model, self._optimizer)
+
+    def _look_at_gradients(self, window: Window) -> None:
+        """That nobody has changed what the ascent of this window has gathered so far, but for clearing it."""
+        if not window.others_changed_gradients():
+            return
+        if not window.others_cleared_gradients():
+            raise RuntimeError(
+                f"gradients have changed between two micro-batches of one step, in {self._owner} or a callback; in "
+                "sam_scope='batch' they are the ascent's, which is thrown away. Add to the loss in compute_loss, set "
+                "sam_scope='microbatch', or set sam_rho=0"
+            )
+        window.take_passes()
+        window.losses, window.leftover = [], {}
+
+    def _look_for_hidden(self, without: set[nn.Parameter]) -> None:
+        """That no chosen parameter that the descent has reached was out of the ascent's reach."""
+        if any(p.grad is not None for p in without):
+            self._restrict = False
+            logger.warning(
+                "sam_parameters: some chosen parameters had a gradient in the second pass and none in the first: "
+                "reentrant gradient checkpointing hides them where its inputs need no gradient. From now on the first "
+                "pass computes the gradients of all parameters, which takes longer; use_reentrant=False avoids that"
+            )
+
+
+def _versions(inputs: Any) -> dict[str, tuple[Tensor, int]]:
+    items = inputs.items() if hasattr(inputs, "items") else ()
+    return {k: (v, v._version) for k, v in items if isinstance(v, Tensor) and not v.is_inference()}

@@ -1,0 +1,113 @@
+"""What lives for one optimizer step: its micro-batches, and what the ascent has gathered from them so far."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from . import rng
+from .buffers import ModelState
+from .directions import Direction
+
+
+class StepPlan(NamedTuple):
+    """How one optimizer step perturbs the weights."""
+
+    radii: list[float]
+    """One for each parameter group of the optimizer."""
+    direction: Direction | None = None
+    """None for a plain step."""
+    chosen: list[nn.Parameter] | None = None
+    """The parameters that may move; None for all."""
+
+    @property
+    def perturbs(self) -> bool:
+        """Whether any weight is to move."""
+        return self.direction is not None and any(self.radii)
+
+    @property
+    def ascends(self) -> bool:
+        """Whether the direction takes a first pass, the ascent."""
+        return self.direction is not None and self.direction.first_pass and any(self.radii)
+
+
+class Pass(NamedTuple):
+    """One micro-batch that has been through the ascent, and what that pass started from."""
+
+    inputs: Any
+    random: rng.RandomState
+    state: ModelState
+    position: int
+
+
+class Window(list[Any]):
+    """The micro-batches of one optimizer step.
+
+    The Trainer iterates over it, and so it knows which micro-batch is at hand, whatever a trainer's own
+    `training_step` does: skip one, take one twice, or hand a copy of it on.
+
+    Args:
+        micro_batches: as they come from the loader.
+        plan: of this step; a plain one until it is known.
+
+    Attributes:
+        ascent_inputs: what the ascent sees of each micro-batch, where that is not all of it; None for one that takes no
+            part.
+        begun: whether the first of its micro-batches has been taken.
+        complete: whether the window, or in scope microbatch one micro-batch of it, has been through the descent.
+    """
+
+    def __init__(self, micro_batches: Iterable[Any], plan: StepPlan | None = None) -> None:
+        super().__init__(micro_batches)
+        self.plan = plan or StepPlan([])
+        self.ascent_inputs: Sequence[Any | None] | None = None
+        self.begun = False
+        self.passes: list[Pass] = []
+        self.losses: list[Tensor] = []  # of the passes, at w
+        self.leftover: dict[nn.Parameter, Tensor] = {}
+        """Gradients from before the window: of the coming update, and not of the ascent."""
+        self.complete = False
+        self._at: int | None = None
+        self._gradients: list[tuple[nn.Parameter, Tensor | None, int | None]] = []
+
+    def __iter__(self) -> Iterator[Any]:
+        for self._at, micro_batch in enumerate(super().__iter__()):
+            yield micro_batch
+        self._at = None
+
+    @property
+    def position(self) -> int:
+        """That of the micro-batch at hand. (Counted, if the window has been taken apart rather than iterated over.)"""
+        return min(len(self.passes), len(self) - 1) if self._at is None else self._at
+
+    @property
+    def at_last(self) -> bool:
+        """Whether the micro-batch at hand is the last one."""
+        return self.position >= len(self) - 1
+
+    def seen_by_ascent(self, inputs: Any) -> Any | None:
+        """What the ascent sees of the micro-batch at hand."""
+        return inputs if self.ascent_inputs is None else self.ascent_inputs[self.position]
+
+    def take_passes(self) -> list[Pass]:
+        """The passes so far, which are then the descent's."""
+        passes, self.passes = self.passes, []
+        self._gradients = []
+        return passes
+
+    def note_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Remember the gradients that the ascent has gathered, for `others_changed_gradients`."""
+        self._gradients = [(p, p.grad, version(p.grad)) for p in parameters]
+
+    def others_changed_gradients(self) -> bool:
+        """Whether anybody has changed them since."""
+        return any(p.grad is not gradient or version(p.grad) != number for p, gradient, number in self._gradients)
+
+    def others_cleared_gradients(self) -> bool:
+        """Whether what the ascent had gathered is gone: a trainer that gives a batch up calls `zero_grad`."""
+        return not any(p.grad is not None and bool(p.grad.any()) for p, _, _ in self._gradients)
+
+
+def version(tensor: Tensor | None) -> int | None:
+    """A number that rises with every change in place."""
+    return None if tensor is None or tensor.is_inference() else tensor._version
