@@ -100,12 +100,13 @@ class TwoPassStep:
             return stock_step(inputs)
         if not window.plan.ascends:
             return self._single_pass(window, inputs, stock_step)
+        position = window.position
         if window.passes:
             self._look_at_gradients(window)
         else:
             window.leftover = take_gradients(self._reached())
-        loss = self._ascent(window, inputs, ascent_step or stock_step, sync)
-        if self._scope == "microbatch" or window.at_last:
+        loss = self._ascent(window, position, inputs, ascent_step or stock_step, sync)
+        if self._scope == "microbatch" or position == len(window) - 1:
             self._descent(window, stock_step, sync)
         else:
             window.note_gradients(self._reached())
@@ -136,18 +137,20 @@ class TwoPassStep:
         window.complete = True
         return loss
 
-    def _ascent(self, window: Window, inputs: Any, ascent_step: StockStep, sync: Synchronization) -> Tensor:
+    def _ascent(
+        self, window: Window, position: int, inputs: Any, ascent_step: StockStep, sync: Synchronization
+    ) -> Tensor:
         """The stock step at w, on what the ascent sees and for the parameters that may move. Returns its loss."""
-        if self._scope == "batch" and any(one.position == window.position for one in window.passes):
+        if self._scope == "batch" and any(one.position == position for one in window.passes):
             raise RuntimeError(
                 f"{self._owner} takes one micro-batch of several twice, which sam_scope='batch' cannot replay: by the "
                 "second pass, whatever changed between the two calls has changed back; set sam_scope='microbatch', "
                 "gradient_accumulation_steps=1, or sam_rho=0"
             )
-        one = Pass(inputs, rng.capture(self._generators), ModelState(self._modules), window.position)
+        one = Pass(inputs, rng.capture(self._generators), ModelState(self._modules), position)
         window.passes.append(one)
         try:
-            seen = window.seen_by_ascent(inputs)
+            seen = inputs if window.ascent_inputs is None else window.ascent_inputs[position]
             if seen is None:
                 loss = torch.zeros((), device=next(self._model.parameters()).device)
             else:

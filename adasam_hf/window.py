@@ -80,15 +80,6 @@ class Window(list[Any]):
         """That of the micro-batch at hand. (Counted, if the window has been taken apart rather than iterated over.)"""
         return min(len(self.passes), len(self) - 1) if self._at is None else self._at
 
-    @property
-    def at_last(self) -> bool:
-        """Whether the micro-batch at hand is the last one."""
-        return self.position >= len(self) - 1
-
-    def seen_by_ascent(self, inputs: Any) -> Any | None:
-        """What the ascent sees of the micro-batch at hand."""
-        return inputs if self.ascent_inputs is None else self.ascent_inputs[self.position]
-
     def take_passes(self) -> list[Pass]:
         """The passes so far, which are then the descent's."""
         passes, self.passes = self.passes, []

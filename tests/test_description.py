@@ -23,7 +23,8 @@ def test_one_line_says_what_will_happen(build, said):
     assert said == [
         "AdaSAM with sam_rho=0.03, sam_scope=batch (the whole optimizer step, 2 micro-batches): perturbs "
         f"{len(moving)} tensors with {sum(p.numel() for p in moving):,} of {sum(numbers):,} parameters; 1 process; "
-        "float32 weights, bf16 autocast; +0.0 MiB for a copy of them; 2 forward/backward passes per micro-batch instead of 1"
+        "float32 weights, bf16 autocast; +0.0 MiB for a copy of them; 2 forward/backward "
+        "passes per micro-batch instead of 1"
     ]
 
 
