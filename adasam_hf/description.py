@@ -19,14 +19,14 @@ def describe(
     optimizer: Optimizer,
     radii: Sequence[float],
     chosen: Collection[nn.Parameter] | None = None,
-    rows: tuple[int, int] | None = None,
+    ascent_share: float | None = None,
 ) -> str:
     """One line: radius, scope, parameters, processes, precision, extra memory and compute.
 
     Args:
         radii: one for each parameter group.
         chosen: the parameters that may move; None for all.
-        rows: of the first optimizer step, how many the ascent sees and how many there are; None if not known yet.
+        ascent_share: the share of the first optimizer step's rows that the ascent sees; None if not known yet.
     """
     name = type(getattr(optimizer, "optimizer", optimizer)).__name__  # Accelerate wraps it
     if not any(radii):
@@ -51,7 +51,7 @@ def describe(
         f"{name} with {_how(args, max(radii))}: "
         f"perturbs {len(moving)} tensors{which} with {sum(p.numel() for p in moving):,} of {total:,} parameters; "
         f"{_processes(args, accelerator)}; {_precision(accelerator, moving)}; +{sum(held) / 2**20:.1f} MiB for "
-        f"{' and '.join(copies)}{each}; {_passes(args, rows)}"
+        f"{' and '.join(copies)}{each}; {_passes(args, ascent_share)}"
     )
 
 
@@ -88,14 +88,17 @@ def _ascends(args: SharpnessAwareArgumentsMixin) -> bool:
     return DIRECTIONS[args.resolved_direction].first_pass
 
 
-def _passes(args: SharpnessAwareArgumentsMixin, rows: tuple[int, int] | None) -> str:
+def _passes(args: SharpnessAwareArgumentsMixin, ascent_share: float | None) -> str:
     if not _ascends(args):
         return f"along the {args.resolved_direction}: 1 forward/backward pass per micro-batch, as in a plain step"
     first = []
-    if rows is not None:
-        first.append(f"on {rows[0]} of the {rows[1]} rows of a step ({rows[0] / rows[1]:.1%})")
-    elif args.resolved_ascent_fraction < 1:
-        first.append(f"on {100 * args.resolved_ascent_fraction:g}% of the rows of a step")
+    if (asked := args.resolved_ascent_fraction) < 1:
+        share = asked if ascent_share is None else ascent_share
+        first.append(f"on {100 * share:.3g}% of a step's rows")
+        if ascent_share is not None and ascent_share > asked:
+            first.append(
+                f"({100 * asked:.3g}% would be fewer than sam_ascent_min_rows={args.sam_ascent_min_rows} allows)"
+            )
     if args.sam_parameters != "all":
         first.append("without gradients of the other weights")
     return "2 forward/backward passes per micro-batch instead of 1" + (f", the first {' '.join(first)}" * bool(first))

@@ -26,16 +26,15 @@ class StepMetrics:
     planned: int = 0
     radius: float = 0.0
     reasons: set[str] = field(default_factory=set)
-    ascent_rows: int = 0
-    all_rows: int = 0
+    _shares: list[float] = field(default_factory=list)  # of the planned steps whose ascent sees a share of the rows
     _sums: dict[str, Tensor] = field(default_factory=dict)
 
-    def plan(self, radius: float, ascent_rows: int = 0, all_rows: int = 0) -> None:
-        """Note a step that is to be perturbed, and the share of its rows that the ascent will see."""
+    def plan(self, radius: float, ascent_share: float | None = None) -> None:
+        """Note a step that is to be perturbed, and the share of its rows that the ascent will see, unless it is all."""
         self.planned += 1
         self.radius = radius
-        self.ascent_rows += ascent_rows
-        self.all_rows += all_rows
+        if ascent_share is not None:
+            self._shares.append(ascent_share)
 
     def perturbed(self, norm: Tensor, share: float, applied: Tensor | None, **losses: Tensor) -> None:
         """Note a perturbation.
@@ -68,7 +67,7 @@ class StepMetrics:
         sums: dict[str, Any] = dict(self._sums)
         sums["has_norm"] = (sums["norm"] > 0) if "norm" in sums else zero
         sums["has_applied"] = sums["steps"] if "applied" in sums else zero
-        sums["share"] = zero + (self.ascent_rows / self.all_rows if self.all_rows else 1.0)
+        sums["share"] = zero + (sum(self._shares) / len(self._shares) if self._shares else 1.0)
         wide = torch.float64 if accelerator.device.type == "cpu" else torch.float32
         row = torch.stack([torch.as_tensor(sums.get(name, zero)).to(zero.device, wide) for name in names])
         total = dict(zip(names, accelerator.reduce(row, "sum").tolist(), strict=True))
@@ -82,7 +81,7 @@ class StepMetrics:
         if total["still"]:
             self.reasons.add(NO_NORM)
         values["sam_rho"] = self.radius
-        if self.all_rows:
+        if self._shares:
             values["sam_ascent_share"] = total["share"] / accelerator.num_processes
         steps = round(total["steps"] / accelerator.num_processes, 2)
         if steps < self.planned:

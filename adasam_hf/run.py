@@ -78,7 +78,7 @@ class SharpnessAwareRun:
         if samples:  # an unsized dataset that has run out goes on to give windows without a micro-batch
             self._plan(trainer, window)
         if first:
-            self._introduce(trainer)
+            self._introduce(trainer, window)
         self._window = window
         return window
 
@@ -90,11 +90,12 @@ class SharpnessAwareRun:
         window.plan = plan = self.planner.plan(trainer.state.global_step, trainer.state.max_steps, updated)
         if not plan.perturbs or known:
             return
-        rows = self._share_rows(trainer, window) if plan.ascends and self.args.resolved_ascent_fraction < 1 else (0, 0)
-        self.metrics.plan(max(plan.radii), *rows)
+        if plan.ascends and self.args.resolved_ascent_fraction < 1:
+            self._choose_rows(trainer, window)
+        self.metrics.plan(max(plan.radii), window.ascent_share)
 
-    def _share_rows(self, trainer: SharpnessAwareTrainer, window: Window) -> tuple[int, int]:
-        """Choose what the ascent sees of each micro-batch. Returns its number of rows, and that of all rows."""
+    def _choose_rows(self, trainer: SharpnessAwareTrainer, window: Window) -> None:
+        """Choose what the ascent sees of each micro-batch."""
         share, least = self.args.resolved_ascent_fraction, self.args.sam_ascent_min_rows
         paired = is_paired(trainer)
         # The last micro-batch always takes part: its backward pass is the one that sends gradients. In scope microbatch
@@ -103,8 +104,8 @@ class SharpnessAwareRun:
         chosen = [choose_rows(part, share, least, paired=paired) for part in parts]
         window.ascent_inputs = [batch for part in chosen for batch in part.batches][::-1]
         seen = [batch for batch in window.ascent_inputs if batch is not None]
+        window.ascent_share = sum(part.share * part.total for part in chosen) / sum(part.total for part in chosen)
         self._ascent_items = trainer._get_num_items_in_batch(seen, trainer.args.device)
-        return sum(part.rows for part in chosen), sum(part.total for part in chosen)
 
     def take(
         self,
@@ -143,7 +144,7 @@ class SharpnessAwareRun:
         if not self._window.plan.ascends:
             return 0.0
         # without weight gradients backward is half as much, thus a pass two thirds
-        return self.args.resolved_ascent_fraction * (2 / 3 if self._window.plan.chosen is not None else 1)
+        return (self._window.ascent_share or 1.0) * (2 / 3 if self._window.plan.chosen is not None else 1)
 
     # ---- numbers ----
 
@@ -175,7 +176,7 @@ class SharpnessAwareRun:
 
     # ---- words at the start ----
 
-    def _introduce(self, trainer: SharpnessAwareTrainer) -> None:
+    def _introduce(self, trainer: SharpnessAwareTrainer, window: Window) -> None:
         args, radii, total = self.args, self.planner.radii, trainer.state.max_steps
         used = unwrapped(trainer.optimizer)
         ours = args.package_optimizer()
@@ -196,9 +197,8 @@ class SharpnessAwareRun:
             logger.warning(f"{', '.join(idle)}: without effect at radius 0; pass --optim adasam, or --sam_rho 0.05")
         if trainer.is_world_process_zero():
             chosen = self.planner.chosen() if any(radii) else None
-            rows = (self.metrics.ascent_rows, self.metrics.all_rows) if self.metrics.all_rows else None
-            line = describe(args, trainer.accelerator, trainer.model, trainer.optimizer, radii, chosen, rows)
-            logger.warning_advice(line)  # type: ignore[attr-defined]
+            what = (args, trainer.accelerator, trainer.model, trainer.optimizer, radii, chosen, window.ascent_share)
+            logger.warning_advice(describe(*what))  # type: ignore[attr-defined]
 
 
 def _loss_scale(trainer: SharpnessAwareTrainer) -> float | Tensor:

@@ -53,6 +53,7 @@ class Window(list[Any]):
     Attributes:
         ascent_inputs: what the ascent sees of each micro-batch, where that is not all of it; None for one that takes no
             part.
+        ascent_share: the share of the window that this is, by rows (of packed rows, by tokens); None if it is all.
         begun: whether the first of its micro-batches has been taken.
         complete: whether the window, or in scope microbatch one micro-batch of it, has been through the descent.
     """
@@ -61,6 +62,7 @@ class Window(list[Any]):
         super().__init__(micro_batches)
         self.plan = plan or StepPlan([])
         self.ascent_inputs: Sequence[Any | None] | None = None
+        self.ascent_share: float | None = None
         self.begun = False
         self.passes: list[Pass] = []
         self.losses: list[Tensor] = []  # of the passes, at w

@@ -464,7 +464,9 @@ def test_all_at_once(build, scope):
     ("flags", "first_pass"),
     [
         ({}, 1.0),
-        ({"sam_ascent_fraction": 0.25}, 0.25),
+        ({"sam_ascent_fraction": 0.5}, 0.5),
+        ({"sam_ascent_fraction": 0.25}, 0.5),  # one row of four would be fewer than sam_ascent_min_rows
+        ({"sam_ascent_fraction": 0.25, "sam_ascent_min_rows": 1}, 0.25),
         ({"sam_parameters": "norm"}, 2 / 3),
         ({"sam_direction": "momentum"}, 0.0),
         ({"sam_start": 0.5}, 0.5),
