@@ -1,9 +1,10 @@
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_model, make_rows
+from conftest import flat, make_model, make_rows
 from transformers.trainer_utils import get_last_checkpoint
 
 from adasam_hf import AdaSAMTrainer, AdaSAMTrainingArguments, checkpoints
@@ -18,11 +19,11 @@ def said(monkeypatch):
     return said
 
 
-def build(folder, **flags):
+def build(folder, kind=AdaSAMTrainer, **flags):
     args = AdaSAMTrainingArguments(
         str(folder), optim="adasam", save_steps=2, use_cpu=True, report_to="none", disable_tqdm=True, **flags
     )
-    return AdaSAMTrainer(make_model("bert", torch.float32), args, train_dataset=make_rows(8))
+    return kind(make_model("bert", torch.float32), args, train_dataset=make_rows(8))
 
 
 @pytest.fixture(scope="module")
@@ -126,3 +127,30 @@ def test_a_failed_save_says_where(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError) as error:
         trainer.train()
     assert f"{tmp_path / 'checkpoint-2'} is not complete" in error.value.__notes__[0]
+
+
+class SavesItself(AdaSAMTrainer):
+    """Keeps its weights in a file that nobody else knows."""
+
+    def _save(self, output_dir=None, state_dict=None):
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        torch.save(self.model.state_dict(), Path(output_dir, "head.pt"))
+
+    def _load_from_checkpoint(self, checkpoint, model=None):
+        self.model.load_state_dict(torch.load(Path(checkpoint, "head.pt")))
+
+
+@pytest.mark.compat("Interruption", "resume of a trainer with a weight file of its own")
+def test_a_trainer_with_a_weight_file_of_its_own_resumes(tmp_path):
+    def trained(folder, steps, resume=None):
+        flags = {"max_steps": steps, "lr_scheduler_type": "constant", "learning_rate": 1e-3}
+        trainer = build(tmp_path / folder, kind=SavesItself, **flags)
+        trainer.train(resume_from_checkpoint=resume)
+        return flat(trainer.model)
+
+    straight = trained("straight", 4)
+    stopped = trained("out", 2)
+    assert torch.equal(trained("out", 4, resume=True), straight)
+    assert not torch.equal(stopped, straight)
+    (tmp_path / "out" / "checkpoint-4" / "optimizer.pt").unlink()  # what is known is still looked at
+    assert last_complete(tmp_path / "out", usual_weights=False).endswith("checkpoint-2")
