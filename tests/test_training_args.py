@@ -259,5 +259,5 @@ def test_what_a_momentum_has_no_use_for(make, flags):
 
 @pytest.mark.parametrize("name", ["adasm", "AdaSAM", "ada_sam"])
 def test_a_misspelt_optimizer(tmp_path, name):
-    with pytest.raises(ValueError, match=f"optim='{name}' is no optimizer; did you mean 'adasam'"):
+    with pytest.raises(ValueError, match=f"optim='{name}' is unknown; did you mean 'adasam'"):
         AdaSAMTrainingArguments(str(tmp_path), optim=name, use_cpu=True)
