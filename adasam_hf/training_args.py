@@ -148,7 +148,8 @@ class SharpnessAwareArgumentsMixin(_Base):
         default="all",
         metadata={
             "help": "Which parameters are perturbed: all; norm, those of normalization layers (SAM-ON, "
-            "arXiv:2306.04226); or a regular expression over their names. The ascent computes no weight gradient for the others."
+            "arXiv:2306.04226); or a regular expression over their names. The ascent computes no weight gradient for "
+            "the others."
         },
     )
     sam_start: float = field(
