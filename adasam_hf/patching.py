@@ -178,7 +178,7 @@ def give(argv: Sequence[str]) -> None:
             f"before the script's name there can be --optim, --sgd_momentum and --sam_…, not {', '.join(others)}"
         )
     found = parser.parse_args([*argv, "--output_dir=unused"])  # no arguments are made: that would begin with a device
-    SharpnessAwareArgumentsMixin.given = {name: getattr(found, name) for name in given}
+    SharpnessAwareArgumentsMixin.launcher_defaults = {name: getattr(found, name) for name in given}
 
 
 def watch_flags(argv: Sequence[str]) -> None:

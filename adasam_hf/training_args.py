@@ -1,22 +1,24 @@
-"""What a user may say about sharpness-aware training, checked when it is said."""
+"""The arguments of sharpness-aware training: fields, checks, and what unset ones resolve to."""
 
 import copy
 import difflib
-import re
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypedDict, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args
 
 import torch
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 from transformers.training_args import OptimizerNames
 
+from .defaults import ADASAM_DEFAULTS, ADASAM_NAMES, AdamDefaultsMixin
 from .directions import DIRECTIONS, DirectionName
 from .optim import AdaSAM
-from .perturbation import check_radius
+from .presets import PRESETS, Preset, preset_ascent_fraction, preset_radius
+from .reading import read_choice, read_number, read_pattern, read_truth_value, read_whole_number
 from .schedule import SHAPES, Schedule, Shape
 
 # The paper's four methods: two updates, each with and without the ascent.
-ADASAM_NAMES = ("adasam", "amsgrad")
 SGD_NAMES = ("sam", "sgdm")
 RADIUS_ZERO = {"amsgrad": "adasam", "sgdm": "sam"}
 OPTIM_ARGS = {"adasam": {"foreach", "fused"}, "sam": {"foreach", "fused", "nesterov"}}
@@ -26,34 +28,42 @@ FLOATS = (float, float | None, "float", "float | None", "Optional[float]")
 
 Scope = Literal["batch", "microbatch"]
 Dropout = Literal["same", "fresh"]
-Preset = Literal["full", "fast", "free"]
 
-
-class PresetValues(TypedDict):
-    """The arguments that a preset stands for."""
-
-    sam_direction: DirectionName
-    sam_ascent_fraction: float
-    sam_rho: float
-
-
-# What a preset stands for where the argument itself is unset. Costs: results/benchmark_step; what each keeps:
-# results/benchmark_flatness.
-PRESETS: dict[Preset, PresetValues] = {
-    "full": {"sam_direction": "gradient", "sam_ascent_fraction": 1.0, "sam_rho": 0.05},
-    "fast": {"sam_direction": "gradient", "sam_ascent_fraction": 0.125, "sam_rho": 0.1},
-    "free": {"sam_direction": "momentum", "sam_ascent_fraction": 1.0, "sam_rho": 0.4},
+# What each number must be, and whether it is.
+NUMBERS: dict[str, tuple[str, Callable[[float], bool]]] = {
+    "sam_rho": (
+        "a finite number >= 0 (0 switches the ascent off; try 0.05)",
+        lambda rho: math.isfinite(rho) and rho >= 0.0,
+    ),
+    "sam_ascent_fraction": ("a number in (0, 1]; try 0.25", lambda share: 0.0 < share <= 1.0),
+    "sam_start": ("a number with 0 <= sam_start < sam_end <= 1; try sam_start=0.7", lambda share: 0.0 <= share < 1.0),
+    "sam_end": ("a number with 0 <= sam_start < sam_end <= 1; try sam_end=1", lambda share: 0.0 < share <= 1.0),
+    "sgd_momentum": ("a number in [0, 1); 0 switches it off", lambda momentum: 0.0 <= momentum < 1.0),
+    "adam_beta1": ("a number in [0, 1); 0 switches it off", lambda beta: 0.0 <= beta < 1.0),
+    "adam_beta2": ("a number in [0, 1); 0 switches it off", lambda beta: 0.0 <= beta < 1.0),
+    "adam_epsilon": ("a finite number >= 0; try 1e-6", lambda epsilon: math.isfinite(epsilon) and epsilon >= 0.0),
 }
+WHOLE_NUMBERS = {
+    "sam_interval": "a whole number >= 1; 1 ascends in every step",
+    "sam_ascent_min_rows": "a whole number >= 1; use 2 or more where the loss needs several rows",
+}
+CHOICES = {
+    "sam_scope": get_args(Scope),
+    "sam_dropout": get_args(Dropout),
+    "sam_preset": tuple(PRESETS),
+    "sam_direction": tuple(DIRECTIONS),
+    "sam_rho_schedule": SHAPES,
+}
+TRUTH_VALUES = ("sam_sync", "sam_adaptive", "sam_reuse")
+MAY_BE_UNSET = ("sam_rho", "sam_direction", "sam_ascent_fraction")  # and then have a meaning of their own
 
 if TYPE_CHECKING:  # what the mixin finds behind it
 
-    class _Base(TrainingArguments):
+    class _Base(AdamDefaultsMixin):
         output_dir: str  # never None after __post_init__
-        adam_beta2: Any  # the mixin's may be None
-        adam_epsilon: Any
 
 else:
-    _Base = object
+    _Base = AdamDefaultsMixin
 
 
 @dataclass(repr=False)
@@ -76,14 +86,6 @@ class SharpnessAwareArgumentsMixin(_Base):
             "momentum), sgdm (sam at radius 0), or any name of Transformers' OptimizerNames, unchanged."
         },
     )
-    adam_beta2: float | None = field(
-        default=None,
-        metadata={"help": "β2 of Adam-like optimizers. Unset: 0.98 for adasam and amsgrad, 0.999 for the others."},
-    )
-    adam_epsilon: float | None = field(
-        default=None,
-        metadata={"help": "ε of Adam-like optimizers. Unset: 1e-6 for adasam and amsgrad, 1e-8 for the others."},
-    )
     sgd_momentum: float = field(default=0.9, metadata={"help": "Momentum of sam and sgdm, in [0, 1)."})
     sam_rho: float | None = field(
         default=None,
@@ -95,7 +97,7 @@ class SharpnessAwareArgumentsMixin(_Base):
     sam_scope: Scope = field(
         default="batch",
         metadata={
-            "help": "Whose gradient is climbed: that of the whole optimizer step (batch), or each "
+            "help": "Whose gradient the ascent follows: that of the whole optimizer step (batch), or each "
             "micro-batch's own (microbatch, m-sharpness)."
         },
     )
@@ -103,7 +105,7 @@ class SharpnessAwareArgumentsMixin(_Base):
         default=True,
         metadata={
             "help": "With several processes in scope batch: average the ascent gradient over them, so that the run "
-            "follows one process with the same global batch; --no_sam_sync: each climbs its own, without gradient "
+            "follows one process with the same global batch; --no_sam_sync: each follows its own, without gradient "
             "traffic in the first pass. In scope microbatch it never travels."
         },
     )
@@ -120,8 +122,8 @@ class SharpnessAwareArgumentsMixin(_Base):
     sam_direction: DirectionName | None = field(
         default=None,
         metadata={
-            "help": "What is climbed; momentum, the optimizer's own, needs no second pass (Momentum-SAM, "
-            "arXiv:2401.12033; its radii are many times larger). Unset: that of sam_preset, gradient."
+            "help": "Along what the weights are perturbed; momentum, the optimizer's own, needs no second pass "
+            "(Momentum-SAM, arXiv:2401.12033; its radii are many times larger). Unset: that of sam_preset, gradient."
         },
     )
     sam_adaptive: bool = field(
@@ -131,15 +133,23 @@ class SharpnessAwareArgumentsMixin(_Base):
     sam_ascent_fraction: float | None = field(
         default=None,
         metadata={
-            "help": "Share of each micro-batch's rows that the ascent sees, in (0, 1] (arXiv:2110.08529: a quarter). "
+            "help": "Share of the rows that the ascent sees, in (0, 1] (arXiv:2110.08529: a quarter). "
             "Unset: that of sam_preset, 1."
+        },
+    )
+    sam_ascent_min_rows: int = field(
+        default=2,
+        metadata={
+            "help": "With sam_ascent_fraction below 1: the fewest rows of an optimizer step that the ascent may see; "
+            "at least 2 where the loss needs several rows (BatchNorm, in-batch negatives)."
         },
     )
     sam_parameters: str = field(
         default="all",
         metadata={
-            "help": "Which parameters climb: all; norm, those of normalization layers (SAM-ON, arXiv:2306.04226); or "
-            "a regular expression over their names. The ascent computes no weight gradient for the others."
+            "help": "Which parameters are perturbed: all; norm, those of normalization layers (SAM-ON, "
+            "arXiv:2306.04226); or a regular expression over their names. The ascent computes no weight gradient for "
+            "the others."
         },
     )
     sam_start: float = field(
@@ -149,97 +159,96 @@ class SharpnessAwareArgumentsMixin(_Base):
     sam_interval: int = field(default=1, metadata={"help": "Ascend in every k-th step only."})
     sam_reuse: bool = field(
         default=False,
-        metadata={"help": "With sam_interval > 1: climb the last gradient again in the steps between, in one pass."},
+        metadata={
+            "help": "With sam_interval > 1: perturb along the last gradient again in the steps between, in one pass."
+        },
     )
     sam_rho_schedule: Shape = field(
         default="constant",
         metadata={
-            "help": "The radius from sam_start to sam_end: constant, falling to 0 (linear, cosine), or following the "
-            "learning rate (lr)."
+            "help": "The radius from sam_start to sam_end: constant, falling to 0 (linear, cosine), or each "
+            "parameter group's learning rate as a share of its peak (lr)."
         },
     )
 
-    # What the launcher was given before the script's name; it stands where an argument is at its default.
-    given: ClassVar[dict[str, Any]] = {}
+    # Those before the script's name in the launcher's command; each stands where an argument is at its default.
+    launcher_defaults: ClassVar[dict[str, Any]] = {}
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            if f.name in self.given and getattr(self, f.name) == f.default:
-                setattr(self, f.name, self.given[f.name])
-        self._read_numbers()
-        self._check_sharpness()
-        # The optimizer names of Transformers are a closed enumeration, and it converts ours to it.
-        ours = self.optim if self.optim in ADASAM_NAMES + SGD_NAMES else None
-        if ours:
-            self.optim = TrainingArguments.optim
+            if f.name in self.launcher_defaults and getattr(self, f.name) == f.default:
+                setattr(self, f.name, self.launcher_defaults[f.name])
+        self._read_text()
+        self._check_optimizer_name(self.optim)
+        self._read_values()
+        self._read_adam_defaults()
+        self._check_together()
+        if self.optim in ADASAM_NAMES + SGD_NAMES:
+            self._post_init_behind()
+        else:
+            super().__post_init__()
+
+    def _post_init_behind(self) -> None:
+        """That of Transformers, which converts `optim` to its own closed enumeration, without a name of this package.
+
+        Meanwhile β2 and ε stay those in force, for DeepSpeed's "auto" reads them here: other objects of the same value
+        are no defaults and do not follow the other name.
+        """
+        optim, numbers = self.optim, {name: getattr(self, name) for name in ADASAM_DEFAULTS}
+        vars(self).update({name: float(repr(number)) for name, number in numbers.items()})
+        self.optim = TrainingArguments.optim
         try:
             super().__post_init__()
         finally:
-            if ours:
-                self.optim = ours
+            vars(self).update(numbers, optim=optim)
 
-    def _read_numbers(self) -> None:
-        """Accept '1e-5': YAML takes a number without a dot for text, and parse_yaml_file passes it on."""
+    def _read_text(self) -> None:
+        """Read '1e-5' in any field for a float: YAML takes a number without a dot for text."""
         for f in fields(self):
             value = getattr(self, f.name)
-            if isinstance(value, str) and f.type in FLOATS:
-                try:
-                    setattr(self, f.name, float(value))
-                except ValueError:
-                    raise ValueError(f"{f.name}={value!r} must be a number") from None
+            if isinstance(value, str) and f.type in FLOATS and f.name not in NUMBERS:
+                setattr(self, f.name, read_number(f.name, value, "a number"))
 
-    def _check_sharpness(self) -> None:
+    @staticmethod
+    def _check_optimizer_name(name: object) -> None:
         known = [*ADASAM_NAMES, *SGD_NAMES, *(o.value for o in OptimizerNames)]
-        if self.optim not in known:
-            close = difflib.get_close_matches(str(self.optim).lower(), known, n=1)
+        if not isinstance(name, str) or name not in known:
+            close = difflib.get_close_matches(str(name).lower(), known, n=1)
             meant = f"did you mean {close[0]!r}? Or " if close else ""
-            raise ValueError(f"optim={self.optim!r} is no optimizer; {meant}choose one of {', '.join(known)}")
-        if self.sam_rho is not None:
-            check_radius(self.sam_rho, "sam_rho")
+            raise ValueError(f"optim={name!r} is unknown; {meant}choose one of {', '.join(known)}")
+
+    def _read_values(self) -> None:
+        """Have each argument in its own type and range, or say what it must be."""
+        for name, (must_be, allowed) in NUMBERS.items():
+            if (value := getattr(self, name)) is not None or name not in MAY_BE_UNSET:
+                setattr(self, name, read_number(name, value, must_be, allowed))
+        for name, must_be in WHOLE_NUMBERS.items():
+            setattr(self, name, read_whole_number(name, getattr(self, name), must_be, least=1))
+        for name in TRUTH_VALUES:
+            setattr(self, name, read_truth_value(name, getattr(self, name)))
+        for name, choices in CHOICES.items():
+            if (value := getattr(self, name)) is not None or name not in MAY_BE_UNSET:
+                read_choice(name, value, choices)
+        read_pattern(
+            "sam_parameters", self.sam_parameters, "'all', 'norm' or a regular expression over parameter names"
+        )
+
+    def _check_together(self) -> None:
+        """What each argument may be by itself, but not beside the others."""
         if self.sam_rho and self.optim in RADIUS_ZERO:
             raise ValueError(
                 f"sam_rho={self.sam_rho!r} contradicts optim={self.optim!r}, which is {RADIUS_ZERO[self.optim]} at "
                 f"radius 0; use optim={RADIUS_ZERO[self.optim]!r}, or leave sam_rho unset"
             )
-        for name, allowed in (
-            ("sam_scope", get_args(Scope)),
-            ("sam_dropout", get_args(Dropout)),
-            ("sam_preset", PRESETS),
-            ("sam_direction", (*DIRECTIONS, None)),
-            ("sam_rho_schedule", SHAPES),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(filter(None, allowed))}")
-        self._check_cheap_ascents()
-        for name in ("sgd_momentum", "adam_beta1", "adam_beta2"):
-            value = getattr(self, name)
-            if (value is None and name != "adam_beta2") or (value is not None and not 0.0 <= value < 1.0):
-                raise ValueError(f"{name}={value!r} must be in [0, 1); 0 switches it off")
-        if self.adam_epsilon is not None and not 0.0 <= self.adam_epsilon < float("inf"):
-            raise ValueError(f"adam_epsilon={self.adam_epsilon!r} must be finite and >= 0; try 1e-6")
         if self.optim in ADASAM_NAMES and self.adam_epsilon == 0:
             raise ValueError("adam_epsilon=0.0 must be > 0 for AdaSAM, whose denominator starts at ε; try 1e-6")
-        if self.optim in ADASAM_NAMES + SGD_NAMES:
-            self._own_optim_args()
-
-    def _check_cheap_ascents(self) -> None:
-        if self.sam_ascent_fraction is not None and not 0.0 < self.sam_ascent_fraction <= 1.0:
-            raise ValueError(f"sam_ascent_fraction={self.sam_ascent_fraction!r} must be in (0, 1]; try 0.25")
-        if not 0.0 <= self.sam_start < self.sam_end <= 1.0:
+        if self.sam_start >= self.sam_end:
             raise ValueError(
                 f"sam_start={self.sam_start!r} and sam_end={self.sam_end!r} must be shares of training with "
                 "0 <= sam_start < sam_end <= 1; try sam_start=0.7 with sam_end=1"
             )
-        if isinstance(self.sam_interval, bool) or not isinstance(self.sam_interval, int) or self.sam_interval < 1:
-            raise ValueError(f"sam_interval={self.sam_interval!r} must be a whole number >= 1; 1 ascends in every step")
         if self.sam_reuse and self.sam_interval == 1:
             raise ValueError("sam_reuse=True has no steps to reuse a direction in; set sam_interval to 2 or more")
-        try:
-            re.compile(self.sam_parameters)
-        except (re.error, TypeError) as error:
-            raise ValueError(
-                f"sam_parameters={self.sam_parameters!r} is no regular expression ({error}); use 'all', 'norm', or one"
-            ) from None
         if not DIRECTIONS[self.resolved_direction].first_pass:
             for name, value, off in (
                 ("sam_ascent_fraction", self.resolved_ascent_fraction, 1.0),
@@ -253,10 +262,12 @@ class SharpnessAwareArgumentsMixin(_Base):
                     )
         if self.resolved_direction == "momentum" and self.optim in SGD_NAMES and self.sgd_momentum == 0:
             raise ValueError("sam_direction='momentum' needs one: set sgd_momentum above 0, for example 0.9")
+        if self.optim in ADASAM_NAMES + SGD_NAMES:
+            self._package_optim_args()
 
     @property
     def resolved_direction(self) -> DirectionName:
-        """What is climbed: `sam_direction`, or else the preset's."""
+        """The direction of the ascent: `sam_direction`, or else the preset's."""
         return self.sam_direction or PRESETS[self.sam_preset]["sam_direction"]
 
     @property
@@ -264,12 +275,11 @@ class SharpnessAwareArgumentsMixin(_Base):
         """The share of the rows that the ascent sees: `sam_ascent_fraction`, or else the preset's."""
         if self.sam_ascent_fraction is not None:
             return self.sam_ascent_fraction
-        has_first_pass = DIRECTIONS[self.resolved_direction].first_pass
-        return PRESETS[self.sam_preset]["sam_ascent_fraction"] if has_first_pass else 1.0
+        return preset_ascent_fraction(self.sam_preset, self.resolved_direction)
 
     @property
     def sam_schedule(self) -> Schedule:
-        """When the weights climb and how far."""
+        """When the ascent takes place, and its radius."""
         return Schedule(self.sam_start, self.sam_end, self.sam_interval, self.sam_rho_schedule)
 
     def __repr__(self) -> str:
@@ -281,33 +291,20 @@ class SharpnessAwareArgumentsMixin(_Base):
         learning_rate: float = 5e-5,
         weight_decay: float = 0.0,
         beta1: float = 0.9,
-        beta2: float | None = None,
-        epsilon: float | None = None,
+        beta2: float = AdamDefaultsMixin.adam_beta2,
+        epsilon: float = AdamDefaultsMixin.adam_epsilon,
         args: str | None = None,
         rho: float | None = None,
     ) -> Self:
-        """As in Transformers, with the names and the radius of this package."""
+        """As in Transformers, with the names and the radius of this package; β2 and ε follow the name unless given."""
+        self._check_optimizer_name(name)
         self.optim = name if name in ADASAM_NAMES + SGD_NAMES else OptimizerNames(name)
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
         self.adam_beta1, self.adam_beta2, self.adam_epsilon = beta1, beta2, epsilon
         self.optim_args, self.sam_rho = args, rho
-        self._check_sharpness()
+        self._read_values()
+        self._check_together()
         return self
-
-    # Defaults that depend on the optimizer are resolved when they are read and never written back, so that
-    # `dataclasses.replace(args, optim=...)` and hyperparameter search do not carry one optimizer's to the next.
-
-    @property
-    def resolved_betas(self) -> tuple[float, float]:
-        """(β1, β2) of the chosen optimizer."""
-        beta2 = 0.98 if self.optim in ADASAM_NAMES else TrainingArguments.adam_beta2
-        return self.adam_beta1, beta2 if self.adam_beta2 is None else self.adam_beta2
-
-    @property
-    def resolved_epsilon(self) -> float:
-        """ε of the chosen optimizer."""
-        default = 1e-6 if self.optim in ADASAM_NAMES else TrainingArguments.adam_epsilon
-        return default if self.adam_epsilon is None else self.adam_epsilon
 
     @property
     def resolved_rho(self) -> float:
@@ -316,40 +313,40 @@ class SharpnessAwareArgumentsMixin(_Base):
             return self.sam_rho
         if self.optim not in RADIUS_ZERO.values():
             return 0.0
-        preset = PRESETS[self.sam_preset]
-        if preset["sam_direction"] != self.resolved_direction:  # radii of one direction mean nothing to another
-            same = (p for p in PRESETS.values() if p["sam_direction"] == self.resolved_direction)
-            preset = next(same, PRESETS["full"])
-        return preset["sam_rho"]
+        return preset_radius(self.sam_preset, self.resolved_direction)
 
-    def stock(self) -> Self:
-        """A copy as Transformers reads it: its own β2 and ε where unset."""
-        args = copy.copy(self)
-        args.adam_beta2, args.adam_epsilon = self.resolved_betas[1], self.resolved_epsilon
-        return args
-
-    def idle_arguments(self) -> list[str]:
+    def arguments_without_effect(self) -> list[str]:
         """Arguments of the ascent that are set although, at radius 0, there is none."""
         defaults = {f.name: f.default for f in fields(SharpnessAwareArgumentsMixin) if f.name.startswith("sam_")}
         found = {name: getattr(self, name) for name in defaults if name != "sam_rho"}
         return [f"{name}={value!r}" for name, value in found.items() if value != defaults[name]]
 
-    def own_optimizer(self) -> tuple[type[torch.optim.Optimizer], dict[str, Any]] | None:
+    def package_optimizer(self) -> tuple[type[torch.optim.Optimizer], dict[str, Any]] | None:
         """Class and keyword arguments for this package's optimizer names; None for those of Transformers."""
         if self.optim in ADASAM_NAMES:
-            values = {"betas": self.resolved_betas, "eps": self.resolved_epsilon, "rho": self.resolved_rho}
-            return AdaSAM, {"lr": self.learning_rate, **values, **self._own_optim_args()}
+            return AdaSAM, {
+                "lr": self.learning_rate,
+                "betas": (self.adam_beta1, self.adam_beta2),
+                "eps": self.adam_epsilon,
+                "rho": self.resolved_rho,
+                **self._package_optim_args(),
+            }
         if self.optim in SGD_NAMES:
             return torch.optim.SGD, {
                 "lr": self.learning_rate,
                 "momentum": self.sgd_momentum,
-                **self._own_optim_args(),
+                **self._package_optim_args(),
             }
         return None
 
-    def _own_optim_args(self) -> dict[str, bool]:
+    def _package_optim_args(self) -> dict[str, bool]:
         allowed = OPTIM_ARGS[RADIUS_ZERO.get(self.optim, self.optim)]
-        flags = {}
+        flags: dict[str, bool] = {}
+        if self.optim_args is not None and not isinstance(self.optim_args, str):
+            raise ValueError(
+                f"optim_args={self.optim_args!r} must be text, NAME=true|false with NAME in {sorted(allowed)} and "
+                f"commas between them, for optim={self.optim!r}"
+            )
         for item in filter(None, (self.optim_args or "").replace(" ", "").split(",")):
             name, _, value = item.partition("=")
             if name not in allowed or value.lower() not in ("true", "false"):
@@ -360,6 +357,25 @@ class SharpnessAwareArgumentsMixin(_Base):
                 )
             flags[name] = value.lower() == "true"
         return flags
+
+    # The names before 0.1; to be removed in 0.2.
+
+    def stock(self) -> Self:
+        """A copy."""
+        return copy.copy(self)
+
+    @property
+    def resolved_betas(self) -> tuple[float, float]:
+        """(`adam_beta1`, `adam_beta2`)."""
+        return self.adam_beta1, self.adam_beta2
+
+    @property
+    def resolved_epsilon(self) -> float:
+        """`adam_epsilon`."""
+        return self.adam_epsilon
+
+    own_optimizer = package_optimizer
+    idle_arguments = arguments_without_effect
 
 
 @dataclass(repr=False)

@@ -1,16 +1,29 @@
+import copy
 import dataclasses
 import json
 import pickle
 import re
 import subprocess
 import sys
+from fractions import Fraction
+from unittest.mock import MagicMock
 
+import numpy as np
 import pytest
 import torch
-from transformers import HfArgumentParser, Seq2SeqTrainer, Trainer, TrainingArguments
+import yaml
+from transformers import HfArgumentParser, Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
+from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 from transformers.training_args import OptimizerNames
 
-from adasam_hf import AdaSAM, AdaSAMSeq2SeqTrainingArguments, AdaSAMTrainer, AdaSAMTrainingArguments
+import adasam_hf
+from adasam_hf import (
+    AdaSAM,
+    AdaSAMSeq2SeqTrainingArguments,
+    AdaSAMTrainer,
+    AdaSAMTrainingArguments,
+    SharpnessAwareArgumentsMixin,
+)
 
 CLASSES = [AdaSAMTrainingArguments, AdaSAMSeq2SeqTrainingArguments]
 OURS = ["adasam", "amsgrad", "sam", "sgdm"]
@@ -41,6 +54,7 @@ VALUES = {
     "sam_direction": "gradient",
     "sam_adaptive": True,
     "sam_ascent_fraction": 0.5,
+    "sam_ascent_min_rows": 3,
     "sam_parameters": "norm",
     "sam_start": 0.25,
     "sam_end": 0.75,
@@ -134,23 +148,271 @@ def test_the_default_is_that_of_transformers(make, tmp_path):
     assert make().resolved_rho == 0
 
 
-def test_resolved_values_do_not_leak_into_copies(make):
-    adasam = make(optim="adasam")
-    assert (adasam.resolved_betas, adasam.resolved_epsilon) == ((0.9, 0.98), 1e-6)
-    AdaSAMTrainer.get_optimizer_cls_and_kwargs(adasam)
-    stock = dataclasses.replace(adasam, optim="adamw_torch")
-    assert (stock.resolved_betas, stock.resolved_epsilon, stock.resolved_rho) == ((0.9, 0.999), 1e-8, 0.0)
+# ---- β2 and ε: numbers that follow the optimizer until they are set ----
+
+STOCK = {"adam_beta2": 0.999, "adam_epsilon": 1e-8}  # Transformers' own
+ADASAM = {"adam_beta2": 0.98, "adam_epsilon": 1e-6}
+IN_FORCE = {"adasam": ADASAM, "amsgrad": ADASAM, "sam": STOCK, "sgdm": STOCK, "adamw_torch": STOCK, "adafactor": STOCK}
+
+
+def numbers(args) -> dict:
+    return {name: getattr(args, name) for name in STOCK}
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize("name", IN_FORCE)
+def test_the_numbers_in_force_are_read(make, cls, name):
+    args = make(cls, optim=name)
+    want = IN_FORCE[name]
+    for found in (
+        numbers(args),
+        args.to_dict(),
+        vars(args),
+        dataclasses.asdict(args),
+        json.loads(args.to_json_string()),
+    ):
+        assert {n: found[n] for n in want} == want
+        assert {type(found[n]) for n in want} == {float}
+    assert args.to_sanitized_dict()["adam_beta2"] == want["adam_beta2"]  # which makes text of all but plain types
+    assert yaml.safe_load(yaml.safe_dump(numbers(args))) == want
+    assert (args.resolved_betas, args.resolved_epsilon) == ((0.9, want["adam_beta2"]), want["adam_epsilon"])
+    assert f"adam_beta2={want['adam_beta2']}," in str(args)
+
+
+def rebuilt(cls, args, **changes):
+    return cls(**{**json.loads(args.to_json_string()), **changes})
+
+
+def parsed(method, suffix, dump):
+    def parse(cls, args, path, **changes):
+        (path / f"args.{suffix}").write_text(dump({**args.to_dict(), **changes}))
+        (found,) = getattr(HfArgumentParser(cls), method)(str(path / f"args.{suffix}"))
+        return found
+
+    return parse
+
+
+def changed(args, **changes):
+    for name, value in changes.items():  # as hyperparameter search does it
+        setattr(args, name, type(getattr(args, name))(value))
+    return args
+
+
+def through_a_file(args, path):
+    torch.save(args, path / "training_args.bin")
+    return torch.load(path / "training_args.bin", weights_only=False)
+
+
+# (class, arguments, a folder, **changes) → arguments with the changes
+WAYS = {
+    "replace": lambda cls, args, path, **new: dataclasses.replace(args, **new),
+    "replace twice": lambda cls, args, path, **new: dataclasses.replace(dataclasses.replace(args), **new),
+    "asdict": lambda cls, args, path, **new: cls(**{**dataclasses.asdict(args), **new}),
+    "to_dict": lambda cls, args, path, **new: cls(**{**args.to_dict(), **new}),
+    "parse_dict": lambda cls, args, path, **new: HfArgumentParser(cls).parse_dict({**args.to_dict(), **new})[0],
+    "json": lambda cls, args, path, **new: rebuilt(cls, args, **new),
+    "json twice": lambda cls, args, path, **new: rebuilt(cls, rebuilt(cls, args), **new),
+    "parse_json_file": parsed("parse_json_file", "json", json.dumps),
+    "parse_yaml_file": parsed("parse_yaml_file", "yaml", yaml.safe_dump),
+    "json in yaml": parsed("parse_yaml_file", "yaml", json.dumps),  # where 1e-06 is text
+    "search": lambda cls, args, path, **new: changed(args, **new),
+    "copy": lambda cls, args, path, **new: changed(copy.copy(args), **new),
+    "deepcopy": lambda cls, args, path, **new: dataclasses.replace(copy.deepcopy(args), **new),
+    "pickle": lambda cls, args, path, **new: dataclasses.replace(pickle.loads(pickle.dumps(args)), **new),
+    "training_args.bin": lambda cls, args, path, **new: changed(through_a_file(args, path), **new),
+}
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize("way", WAYS)
+def test_defaults_follow_the_optimizer_and_values_stay(make, tmp_path, cls, way):
+    def there(args, **changes):
+        return WAYS[way](cls, args, tmp_path, **changes)
+
+    assert numbers(there(make(cls, optim="adasam"))) == ADASAM
+    assert numbers(there(make(cls, optim="adasam"), optim="adamw_torch")) == STOCK
+    assert numbers(there(there(make(cls, optim="adasam"), optim="sam"), optim="amsgrad")) == ADASAM
+    # a value that equals the default is a value, and one of the two may be set alone
+    for values in (ADASAM, STOCK, {"adam_beta2": 0.95, "adam_epsilon": 0.1}):
+        args = make(cls, optim="adasam", **values)
+        assert numbers(there(args, optim="adamw_torch")) == numbers(there(args)) == values
+        args = make(cls, optim="adasam", adam_beta2=values["adam_beta2"])
+        assert numbers(there(args, optim="adamw_torch")) == {**STOCK, "adam_beta2": values["adam_beta2"]}
+    assert numbers(there(make(cls, optim="adasam"), adam_beta2=0.95)) == {**ADASAM, "adam_beta2": 0.95}
+
+
+@pytest.mark.parametrize("way", ["replace", "asdict", "search", "copy", "pickle"])
+def test_a_value_given_with_another_optimizer_wins(make, tmp_path, way):
+    """Also where it equals the default that it replaces."""
+    args = WAYS[way](AdaSAMTrainingArguments, make(optim="adasam"), tmp_path, optim="adamw_torch", **ADASAM)
+    assert numbers(args) == ADASAM
+
+
+def test_none_is_unset(make):
+    assert numbers(make(optim="adasam", adam_beta2=None, adam_epsilon=None)) == ADASAM
+    args = make(optim="adasam", adam_beta2=0.5)
+    args.adam_beta2 = None
+    assert numbers(args) == ADASAM
+
+
+def test_what_json_cannot_tell(make, caplog):
+    """Numbers whose record says that they are defaults follow, and the run says so; without the record they stay."""
+    written = json.loads(make(optim="adasam", adam_epsilon=1e-6).to_json_string())
+    assert written["adam_defaults"] == {"adam_beta2": 0.98}  # ε is a value
+    args = AdaSAMTrainingArguments(**{**written, "optim": "adamw_torch"})
+    assert numbers(args) == {"adam_beta2": 0.999, "adam_epsilon": 1e-6}
+    assert "adam_beta2=0.999, the default of optim=adamw_torch, replaces 0.98" in caplog.text
+    caplog.clear()
+    assert numbers(AdaSAMTrainingArguments(**written)) == ADASAM
+    edited = AdaSAMTrainingArguments(**{**written, "optim": "adamw_torch", "adam_beta2": 0.97})
+    assert edited.adam_beta2 == 0.97
+    del written["adam_defaults"]
+    assert numbers(AdaSAMTrainingArguments(**{**written, "optim": "adamw_torch"})) == ADASAM
+    assert "replaces" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "record", ["adam_beta2", ["adam_beta2"], {"beta2": 0.98}, {"adam_beta2": "x"}, {"adam_beta2": None}]
+)
+def test_a_record_that_to_dict_did_not_write(make, record):
+    with pytest.raises(ValueError, match=r"adam_defaults.* must (have the names|be a number)"):
+        make(adam_defaults=record)
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize(
+    ("flags", "want"),
+    [
+        ([], STOCK),
+        (["--optim=adasam"], ADASAM),
+        (["--optim=adasam", "--adam_beta2=0.98"], ADASAM),
+        (["--optim=adasam", "--adam_beta2=0.999"], {"adam_beta2": 0.999, "adam_epsilon": 1e-6}),
+        (["--optim=adamw_torch", "--adam_epsilon", "1e-6"], {"adam_beta2": 0.999, "adam_epsilon": 1e-6}),
+    ],
+)
+def test_the_command_line(tmp_path, cls, flags, want):
+    tokens = ["--output_dir", str(tmp_path), "--use_cpu", "--report_to=none", *flags]
+    (args,) = HfArgumentParser(cls).parse_args_into_dataclasses(tokens)
+    assert numbers(args) == want
+    other = dataclasses.replace(args, optim="sam")
+    assert numbers(other) == {n: want[n] if f"--{n}" in " ".join(flags) else STOCK[n] for n in STOCK}
+
+
+def test_the_help_has_the_defaults():
+    text = " ".join(HfArgumentParser(AdaSAMTrainingArguments).format_help().split())
+    assert "that of adasam and amsgrad is 0.98. (default: 0.999)" in text
+    assert "that of adasam and amsgrad is 1e-6. (default: 1e-08)" in text
+    assert "adam_defaults" not in text.partition("options:")[2]
 
 
 def test_set_optimizer(make):
     args = make().set_optimizer("adasam", learning_rate=1e-3, rho=0.1)
     assert said(args)["optim"] == "adasam"
-    assert (args.resolved_betas, args.sam_rho, args.learning_rate) == ((0.9, 0.98), 0.1, 1e-3)
+    assert (numbers(args), args.sam_rho, args.learning_rate) == (ADASAM, 0.1, 1e-3)
     args = args.set_optimizer("adamw_torch")
     assert args.optim is OptimizerNames.ADAMW_TORCH
-    assert (args.resolved_betas, args.sam_rho) == ((0.9, 0.999), None)
+    assert (numbers(args), args.sam_rho) == (STOCK, None)
+    assert numbers(args.set_optimizer("adamw_torch", beta2=0.98, epsilon=1e-6).set_optimizer("adasam")) == ADASAM
+    args = args.set_optimizer("adasam", beta2=0.999)
+    args.optim = "amsgrad"
+    assert numbers(args) == {"adam_beta2": 0.999, "adam_epsilon": 1e-6}
     with pytest.raises(ValueError, match="adasm"):
         args.set_optimizer("adasm")
+    assert args.optim == "amsgrad"
+    for name, value in (("beta2", "x"), ("epsilon", -1.0), ("rho", True)):
+        with pytest.raises(ValueError, match=name):
+            args.set_optimizer("adasam", **{name: value})
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize("name", ["adamw_torch", "adamw_torch_fused", "sgd"])
+def test_radius_zero_is_stock(make, tmp_path, cls, name):
+    stock_class = next(base for base in cls.__bases__ if base in (TrainingArguments, Seq2SeqTrainingArguments))
+    want = make(stock_class, optim=name).to_dict()
+    found = make(cls, optim=name).to_dict()
+    assert {n: v for n, v in found.items() if n in want} == want
+    assert {n for n in found if n not in want} == {
+        *(n for n in VALUES if n.startswith(("sam_", "sgd_"))),
+        "adam_defaults",
+    }
+    assert make(cls, optim="adasam").to_dict()["adam_beta2"] != want["adam_beta2"]
+
+
+@pytest.mark.parametrize("flags", [{}, {"sam_rho": 0.05}, {"optim": "adasam"}])
+def test_a_script_with_an_optimizer_of_its_own(tmp_path, flags):
+    with adasam_hf.patch():
+        from transformers import Trainer, TrainingArguments
+
+        class Script(Trainer):
+            def create_optimizer(self, model=None):
+                betas = (self.args.adam_beta1, self.args.adam_beta2)
+                self.optimizer = torch.optim.AdamW(self.model.parameters(), betas=betas, eps=self.args.adam_epsilon)
+                return self.optimizer
+
+        args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", **flags)
+        optimizer = Script(torch.nn.Linear(2, 2), args).create_optimizer()
+    want = IN_FORCE[flags.get("optim", "adamw_torch")]
+    assert optimizer.defaults["betas"] == (0.9, want["adam_beta2"])
+    assert f"{optimizer.defaults['eps']:.1e} {2 * want['adam_beta2']}"
+    # which a checkpoint of it must survive: Transformers loads it so
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    group = torch.load(tmp_path / "optimizer.pt", weights_only=True)["param_groups"][0]
+    assert (group["betas"], group["eps"]) == ((0.9, want["adam_beta2"]), want["adam_epsilon"])
+
+
+@pytest.mark.parametrize("name", ["adasam", "amsgrad", "adamw_torch"])
+def test_deepspeed_finds_them(make, name):
+    """For the "auto" of its configuration, which Transformers fills in in the middle of the construction."""
+    config = MagicMock()  # in place of one that wants DeepSpeed installed
+
+    class Behind(TrainingArguments):
+        def __post_init__(self):
+            super().__post_init__()
+            HfTrainerDeepSpeedConfig.trainer_config_process(config, self)
+
+    @dataclasses.dataclass(repr=False)
+    class Mixed(SharpnessAwareArgumentsMixin, Behind):
+        pass
+
+    args = make(Mixed, optim=name)
+    want = IN_FORCE[name]
+    filled = {call.args[0]: call.args[1] for call in config.fill_match.call_args_list}
+    assert filled["optimizer.params.betas"] == [0.9, want["adam_beta2"]]
+    assert filled["optimizer.params.eps"] == want["adam_epsilon"]
+    assert (args.optim, numbers(args)) == (name, want)
+    assert numbers(dataclasses.replace(args, optim="sam")) == STOCK
+
+
+def test_defaults_of_the_class_behind(make):
+    @dataclasses.dataclass(repr=False)
+    class Theirs(TrainingArguments):
+        adam_beta2: float = 0.95
+
+    @dataclasses.dataclass(repr=False)
+    class Mixed(SharpnessAwareArgumentsMixin, Theirs):
+        pass
+
+    @dataclasses.dataclass(repr=False)
+    class Before(AdaSAMTrainingArguments):
+        adam_beta2: float = 0.9  # a value of the class's own, for all optimizers
+
+    assert make(Mixed).adam_beta2 == make(Theirs).adam_beta2 == 0.95
+    args = make(Mixed, optim="adasam")
+    assert args.adam_beta2 == 0.98
+    assert dataclasses.replace(args, optim="adamw_torch").adam_beta2 == 0.95
+    assert make(Mixed, adam_beta2=0.95, optim="adasam").adam_beta2 == 0.95
+    assert {make(Before, optim=name).adam_beta2 for name in IN_FORCE} == {0.9}
+
+
+def test_names_of_the_release_before(make):
+    args = make(optim="adasam", sam_rho=0.0, sam_interval=2)
+    assert args.own_optimizer() == args.package_optimizer()
+    assert args.idle_arguments() == args.arguments_without_effect() == ["sam_interval=2"]
+    assert said(args.stock()) == said(args)
+    assert make(sam_ascent_min_rows=1).arguments_without_effect() == ["sam_ascent_min_rows=1"]
+
+
+# ---- values and their types ----
 
 
 @pytest.mark.parametrize(
@@ -177,6 +439,7 @@ def test_set_optimizer(make):
         ("sam_parameters", None, "regular expression"),
         ("sgd_momentum", 1.0, r"\[0, 1\)"),
         ("sgd_momentum", None, r"\[0, 1\)"),
+        ("sam_ascent_min_rows", 0, ">= 1"),
         ("adam_beta1", 1.5, r"\[0, 1\)"),
         ("adam_beta2", 1.0, r"\[0, 1\)"),
         ("adam_epsilon", -1e-8, ">= 0"),
@@ -187,6 +450,118 @@ def test_set_optimizer(make):
 def test_bad_values_are_named(make, cls, name, value, remedy):
     with pytest.raises(ValueError, match=f"(?s){name}={re.escape(repr(value))}.*{remedy}"):
         make(cls, **{name: value})
+
+
+FLOATS = [
+    *("sam_rho", "sam_ascent_fraction", "sam_start", "sam_end"),
+    *("sgd_momentum", "adam_beta1", "adam_beta2", "adam_epsilon"),
+]
+WHOLE = ["sam_interval", "sam_ascent_min_rows"]
+TRUTH = ["sam_sync", "sam_adaptive", "sam_reuse"]
+WORDS = ["optim", "sam_scope", "sam_dropout", "sam_preset", "sam_direction", "sam_rho_schedule", "sam_parameters"]
+NEVER = {"list": [1], "dict": {"a": 1}, "bytes": b"1", "tensor": torch.tensor([0.5, 0.5])}
+WRONG = [
+    *((name, value) for name in FLOATS for value in (True, "abc", "nan", float("nan"), float("inf"), -1, 10**400)),
+    *((name, value) for name in FLOATS for value in (np.array([0.5, 0.5]), np.True_, 0.5j)),
+    *((name, value) for name in WHOLE for value in (True, 2.0, "2.0", "two", None, 0, -1, float("nan"), float("inf"))),
+    *((name, value) for name in TRUTH for value in ("", "maybe", 2, 0.0, 1.0, None, float("nan"))),
+    *((name, value) for name in WORDS for value in (1, True, float("nan"), ("all", "norm"))),
+    *((name, value) for name in WORDS if name != "sam_direction" for value in (None,)),
+    *((name, value) for name in FLOATS + WHOLE + TRUTH + WORDS for value in NEVER.values()),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG, ids=repr)
+def test_wrong_types_are_named(make, name, value):
+    with pytest.raises(ValueError) as refused:
+        make(**{name: value})
+    message = str(refused.value)
+    assert message.startswith(f"{name}={value!r} ")
+    assert re.search(r"must be|did you mean|choose one of", message)
+
+
+RIGHT = [
+    *((name, "0.5", 0.5) for name in FLOATS if name not in ("sam_start", "sam_end")),
+    *((name, kind(0.5), 0.5) for name in FLOATS for kind in (float, np.float32, np.float64, Fraction)),
+    *((name, kind(2), 2) for name in WHOLE for kind in (int, str, np.int64, np.uint8)),
+    *((name, word, True) for name in TRUTH for word in (True, "true", "True", "yes", "1", 1, np.True_)),
+    *((name, word, False) for name in TRUTH for word in (False, "false", "False", "no", "0", 0, np.False_)),
+    ("sam_scope", np.str_("microbatch"), "microbatch"),
+    ("sam_parameters", "norm", "norm"),
+    ("sam_end", 1, 1.0),
+    ("sam_rho", 0, 0.0),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "want"), RIGHT, ids=repr)
+def test_other_spellings_are_read(make, name, value, want):
+    others = {"sam_interval": 2} if name == "sam_reuse" else {}
+    args = make(**{name: value}, **others)
+    found = getattr(args, name)
+    assert found == want and isinstance(found, type(want))
+    assert json.loads(args.to_json_string())[name] == want
+    assert (
+        getattr(HfArgumentParser(AdaSAMTrainingArguments).parse_dict({**args.to_dict(), name: value})[0], name) == want
+    )
+
+
+TEXT = [
+    *[("sam_adaptive", "false", False), ("sam_adaptive", "'false'", False), ("sam_sync", "no", False)],
+    *[
+        ("sam_sync", "'no'", False),
+        ("sam_adaptive", "on", True),
+        ("sgd_momentum", "'0.5'", 0.5),
+        ("sam_rho", "1e-2", 0.01),
+    ],
+    *[("sam_interval", "2", 2), ("sam_interval", "'2'", 2)],
+    *[("sam_rho", "abc", None), ("sam_rho", "true", None), ("sam_rho", "[0.1]", None), ("sam_rho", ".nan", None)],
+    *[("sam_adaptive", "perhaps", None), ("sam_interval", "2.0", None), ("sam_scope", "[batch]", None)],
+    *[("sam_parameters", "[norm]", None), ("sam_parameters", "null", None), ("sam_parameters", "1", None)],
+]
+
+
+@pytest.mark.parametrize(("name", "text", "want"), TEXT)
+def test_yaml(tmp_path, name, text, want):
+    (tmp_path / "a.yaml").write_text(f"output_dir: {tmp_path}\nuse_cpu: true\nreport_to: none\n{name}: {text}\n")
+
+    def parse():
+        return HfArgumentParser(AdaSAMTrainingArguments).parse_yaml_file(str(tmp_path / "a.yaml"))[0]
+
+    if want is None:
+        with pytest.raises(ValueError, match=f"^{name}=.* must be"):
+            parse()
+    else:
+        assert getattr(parse(), name) == want
+
+
+COMMAND_LINE = [
+    *[("--sam_adaptive=false", False), ("--sam_adaptive", True), ("--sam_sync=no", False), ("--no_sam_sync", False)],
+    *[("--sgd_momentum=0.5", 0.5), ("--sam_interval=2", 2), ("--sam_ascent_min_rows=4", 4), ("--sam_rho=1e-2", 0.01)],
+    *[("--sam_adaptive=perhaps", SystemExit), ("--sam_rho=abc", SystemExit), ("--sam_interval=2.0", SystemExit)],
+    *[("--sam_scope=epoch", SystemExit), ("--sam_rho=nan", ValueError), ("--sam_interval=0", ValueError)],
+]
+
+
+@pytest.mark.parametrize(("flag", "want"), COMMAND_LINE)
+def test_flags(tmp_path, capsys, flag, want):
+    name = flag.removeprefix("--").removeprefix("no_").partition("=")[0]
+
+    def parse():
+        tokens = ["--output_dir", str(tmp_path), "--use_cpu", "--report_to=none", flag]
+        return HfArgumentParser(AdaSAMTrainingArguments).parse_args_into_dataclasses(tokens)[0]
+
+    if isinstance(want, type):
+        with pytest.raises(want) as refused:
+            parse()
+        assert name in (capsys.readouterr().err if want is SystemExit else str(refused.value))
+    else:
+        assert getattr(parse(), name) == want
+
+
+@pytest.mark.parametrize("value", [{"foreach": True}, ["foreach=true"], True])
+def test_optim_args_of_a_wrong_type(make, value):
+    with pytest.raises(ValueError, match=r"^optim_args=.* must be text"):
+        make(optim="adasam", optim_args=value)
 
 
 def test_contradictions_are_refused(make):
@@ -259,5 +634,5 @@ def test_what_a_momentum_has_no_use_for(make, flags):
 
 @pytest.mark.parametrize("name", ["adasm", "AdaSAM", "ada_sam"])
 def test_a_misspelt_optimizer(tmp_path, name):
-    with pytest.raises(ValueError, match=f"optim='{name}' is no optimizer; did you mean 'adasam'"):
+    with pytest.raises(ValueError, match=f"optim='{name}' is unknown; did you mean 'adasam'"):
         AdaSAMTrainingArguments(str(tmp_path), optim=name, use_cpu=True)
