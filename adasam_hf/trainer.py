@@ -1,5 +1,6 @@
 """The two-pass training step as a mixin for any Transformers `Trainer`."""
 
+import copy
 import json
 from collections.abc import Callable
 from functools import partial
@@ -51,8 +52,8 @@ def _optimizer_cls_and_kwargs(
     """
     ours = args.package_optimizer()
     if ours is None:
-        return behind(args.stock(), model)
-    stock = args.stock()
+        return behind(args, model)
+    stock = copy.copy(args)
     stock.optim, stock.optim_args = TrainingArguments.optim, None
     _, theirs = behind(stock, model)
     groups = {key: theirs[key] for key in ("params", "model", "optimizer_dict") if key in theirs}
