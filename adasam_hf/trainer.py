@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, Seq2SeqTrainer, Trainer
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
-from . import card, doctor, rng, running_stats
+from . import activity, card, doctor, rng, running_stats
 from .checkpoints import last_complete
 from .directions import DIRECTIONS, Direction, Last
 from .distributed import average_gradients, climbs_locally, refuse_unsupported, unsynced
@@ -234,6 +234,7 @@ class SharpnessAwareTrainerMixin(_Base):
                 self._perturbation.release()
             self._window_size, self._due = 0, False
             self._forget_window()
+            activity.record(int(self._perturbation is not None and any(self._radii)))
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Tensor | int | None]:
         """As in Transformers; notes how many micro-batches make up the coming optimizer step."""

@@ -160,12 +160,12 @@ class SharpnessAwareArgumentsMixin(_Base):
     )
 
     # What the launcher was given before the script's name; it stands where an argument is at its default.
-    given: ClassVar[dict[str, Any]] = {}
+    launcher_defaults: ClassVar[dict[str, Any]] = {}
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            if f.name in self.given and getattr(self, f.name) == f.default:
-                setattr(self, f.name, self.given[f.name])
+            if f.name in self.launcher_defaults and getattr(self, f.name) == f.default:
+                setattr(self, f.name, self.launcher_defaults[f.name])
         self._read_numbers()
         self._check_sharpness()
         # The optimizer names of Transformers are a closed enumeration, and it converts ours to it.
