@@ -137,7 +137,7 @@ def _replace(others: Mapping[type, type]) -> None:
                 setattr(module, name, other)
 
 
-_STOCK_ARGUMENTS = {cls.__name__: STOCK[cls] for cls in (TrainingArguments, Seq2SeqTrainingArguments)}
+_STOCK_ARGUMENTS: dict[str, Any] = {cls.__name__: STOCK[cls] for cls in (TrainingArguments, Seq2SeqTrainingArguments)}
 
 
 def _reduce(args: Any) -> tuple:
@@ -153,7 +153,7 @@ def _new_stock_arguments(name: str) -> Any:
 def _plain_subclasses() -> set[str]:
     """Trainers of other libraries that are based on the original classes."""
     found: set[str] = set()
-    queue = [STOCK[Trainer], STOCK[Seq2SeqTrainer]]
+    queue: list[Any] = [STOCK[Trainer], STOCK[Seq2SeqTrainer]]
     while queue:
         for cls in queue.pop().__subclasses__():
             if issubclass(cls, SharpnessAwareTrainerMixin):

@@ -1,6 +1,7 @@
 """What Python imports by itself when it starts, in the processes that a program under `python -m adasam_hf` starts."""
 
 # Other Pythons, also older ones, may find this file: nothing here may be too new for them.
+import importlib
 import os
 import sys
 
@@ -26,7 +27,7 @@ if "ADASAM_HF_FLAGS" in os.environ and sys.version_info >= (3, 11):
 # The one that stands behind this one, if there is one.
 _this = sys.modules.pop("sitecustomize", None)
 try:
-    import sitecustomize  # noqa: F401
+    importlib.import_module("sitecustomize")
 except ImportError as _error:
     if _error.name != "sitecustomize":
         raise
