@@ -40,7 +40,7 @@ def read(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
 
 
 def patch_with(flags: Sequence[str]) -> None:
-    """Patch this process; `flags` become the defaults of all sharpness-aware arguments.
+    """Patch this process; `flags` become the defaults of all sharpness-aware arguments, instead of earlier ones.
 
     Raises:
         SystemExit: with code 2 for flags that do not exist or have a value of a wrong type.
@@ -57,7 +57,9 @@ def patch_with(flags: Sequence[str]) -> None:
         after = {}
     SharpnessAwareArgumentsMixin.launcher_defaults = before
     patch()
-    transformers.trainer.DEFAULT_CALLBACKS.append(LaunchCallback(before, after))  # type: ignore[arg-type]
+    callbacks: list[Any] = transformers.trainer.DEFAULT_CALLBACKS
+    callbacks[:] = [callback for callback in callbacks if not isinstance(callback, LaunchCallback)]
+    callbacks.append(LaunchCallback(before, after))
 
 
 class LaunchCallback(TrainerCallback):

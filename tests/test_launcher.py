@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainerControl, TrainerState
 
-from adasam_hf import AdaSAMTrainingArguments, SharpnessAwareArgumentsMixin
+from adasam_hf import AdaSAMTrainingArguments, SharpnessAwareArgumentsMixin, activity
 from adasam_hf.card import CITATION
 from adasam_hf.glue.data import resolve_path
 from adasam_hf.launcher import CHILDREN, SWITCHES, split_flags
-from adasam_hf.launcher_flags import read
+from adasam_hf.launcher_flags import LaunchCallback, read
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ROOT / "tests" / "scripts"
@@ -355,6 +356,19 @@ def test_values_of_flags():
         read(["--sam_scope=all"])
 
 
+def test_a_training_that_asks_for_radius_zero_is_noted():
+    control = TrainerControl()
+
+    def noted(**kwargs):
+        before = activity.totals()["radius_zero"]
+        args = AdaSAMTrainingArguments("out", use_cpu=True, report_to="none", **kwargs)
+        LaunchCallback({}, {}).on_train_begin(args, TrainerState(), control)
+        return activity.totals()["radius_zero"] - before
+
+    assert noted(sam_rho=0.0) == noted(optim="amsgrad") == 1
+    assert noted() == noted(optim="adasam") == noted(sam_rho=0.1) == 0
+
+
 MODULE = """
 import json, sys
 if __name__ == "__main__":
@@ -482,9 +496,10 @@ def test_a_child_that_trains_counts(tmp_path):
 # ---- slow: settings, children that train ----
 
 
+@pytest.mark.slow
 def test_settings_at_the_top_of_a_script_have_their_effect(tmp_path):
     plain, launched = (launch("settings", launcher=how, cwd=tmp_path).stdout for how in ([], LAUNCHER))
-    assert launched == plain and plain.startswith("home home/hub True 3 data\n40 ")
+    assert launched == plain and plain.startswith("home home/hub True 2 data\n40 ")
 
 
 def console_script(name):

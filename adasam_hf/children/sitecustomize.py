@@ -29,7 +29,7 @@ _this = sys.modules.pop("sitecustomize", None)
 try:
     importlib.import_module("sitecustomize")
 except ImportError as _error:
-    if _error.name != "sitecustomize":
+    if getattr(_error, "name", None) != "sitecustomize":
         raise
     if _this is not None:
         sys.modules["sitecustomize"] = _this

@@ -2,7 +2,7 @@
 
 import os
 
-names = {"HF_HOME": "home", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "3", "HF_DATASETS_CACHE": "data"}
+names = {"HF_HOME": "home", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2", "HF_DATASETS_CACHE": "data"}
 os.environ |= names | {"TRANSFORMERS_VERBOSITY": "error"}
 
 import datasets  # noqa: E402
