@@ -57,6 +57,11 @@ class StepMetrics:
             self._sums["norm"] = torch.where(moved, norm, last)
         self._sums["still"] = self._sums.get("still", 0) + (~moved).to(norm.dtype)
 
+    @property
+    def perturbed_here(self) -> float:
+        """Steps that were perturbed, in this process. Waits for the device."""
+        return float(self._sums.get("steps", 0.0))
+
     def read(self, accelerator: Accelerator) -> tuple[dict[str, float], float]:
         """The log's entries, means over steps and processes, and how many steps were perturbed.
 

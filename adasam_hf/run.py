@@ -1,5 +1,6 @@
 """What lives for one training of a Trainer: planner, step, window, numbers and warnings."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from . import activity, counters
+from . import counters
 from .description import describe
 from .interfaces import SharpnessAwareTrainer
 from .metrics import SKIPPED, StepMetrics
@@ -170,9 +171,13 @@ class SharpnessAwareRun:
     def end(self, trainer: SharpnessAwareTrainer) -> None:
         """The training has come to its end: look at the steps since the last log entry, and at all of them."""
         self.read_metrics(trainer)
-        activity.record(round(self._perturbed))
         if self._planned and not self._perturbed and trainer.is_world_process_zero():
             self._monitor.never(self._planned, self._reasons)
+
+    @property
+    def perturbed_here(self) -> int:
+        """Steps of this training that were perturbed, in this process, logged or not."""
+        return math.ceil(self._perturbed + self.metrics.perturbed_here)
 
     # ---- words at the start ----
 

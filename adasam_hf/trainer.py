@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Seq2SeqTrainer, Trainer, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
+from . import activity
 from .card import ModelCardMixin
 from .checkpoints import CompleteCheckpointsMixin
 from .perturbation import Perturbation
@@ -148,6 +149,7 @@ class SharpnessAwareTrainerMixin(ModelCardMixin, CompleteCheckpointsMixin, _Base
             if self._run is not None:
                 # An interrupt can strike between any two instructions of training_step, its own `finally` included.
                 self._run.step.perturbation.release()
+                activity.record(self._run.perturbed_here)
             self._run = None
 
     def _running(self) -> SharpnessAwareRun:

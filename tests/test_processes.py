@@ -39,7 +39,10 @@ def fsdp(tmp_path_factory):
 def one_process(tmp_path, case):
     """The same rows per step in one process: twice the micro-batches, of the same size, so that bf16 rounds alike."""
     k = case.get("gradient_accumulation_steps", 1)
-    stock = {n: v for n, v in case.items() if not n.startswith("ddp_") and n != "bucket_view"}
+    ours = ("bucket_view", "logs", "sync_each_batch")
+    stock = {n: v for n, v in case.items() if not n.startswith("ddp_") and n not in ours}
+    if stock.get("model") == "channels last":
+        stock["model"] = "contiguous"
     return train(tmp_path, **{**stock, "gradient_accumulation_steps": 2 * k})
 
 
@@ -73,6 +76,7 @@ LABELS = {
     "combined": "DDP × accumulation × bf16 × clipping",
     "fraction": "DDP × `sam_ascent_fraction`",
     "norm": "DDP × `sam_parameters`",
+    "channels last": "DDP × `sam_parameters` × channels-last weights",
     "momentum": "DDP × `sam_direction=momentum`",
     "adaptive": "DDP × `sam_adaptive`",
     "reuse": "DDP × `sam_reuse`",
@@ -92,6 +96,10 @@ LABELS = {
         pytest.param(
             "static graph",
             marks=pytest.mark.compat("Many processes", "DDP with `ddp_static_graph`, no accumulation", scope="batch"),
+        ),
+        pytest.param(
+            "process 0 logs",
+            marks=pytest.mark.compat("Logs", "process 0 logging alone, with DDP", scope="batch"),
         ),
         "plain",
     ],
@@ -202,10 +210,13 @@ def test_batchnorm_moves_as_in_stock(ddp, scope):
         assert want["buffers"]["norm.running_mean"].abs().max() > 0
 
 
-@pytest.mark.compat("Many processes", "DDP with a local ascent (`sam_sync=False`)", scope="batch")
-def test_a_local_ascent_is_each_process_climbing_its_own_window(ddp):
+@pytest.mark.compat(
+    "Many processes", "DDP with a local ascent (`sam_sync=False`), `sync_each_batch` too", scope="batch"
+)
+@pytest.mark.parametrize("name", ["local", "local, synced each batch"])
+def test_a_local_ascent_is_each_process_ascending_along_its_own_window(ddp, name):
     """scope batch with sam_sync=False, against a loop written by hand in one process."""
-    first, second = ddp["local-0"], ddp["local-1"]
+    first, second = ddp[f"{name}-0"], ddp[f"{name}-1"]
     assert first["digests"] == second["digests"]
     model, rows = MODELS["bert"]().train(), rows_for("bert")
     micro = [rows[i : i + 2] for i in range(0, 20, 2)]

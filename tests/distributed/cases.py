@@ -32,6 +32,8 @@ DDP = {
     "plain": {"sam_rho": 0.0, "gradient_accumulation_steps": 2},
     "local": {"sam_sync": False, "gradient_accumulation_steps": 2},
     "static graph": {"ddp_static_graph": True, "ddp_find_unused_parameters": False},
+    "local, synced each batch": {"sam_sync": False, "gradient_accumulation_steps": 2, "sync_each_batch": True},
+    "process 0 logs": {"logs": True, "gradient_accumulation_steps": 2},
     "batchnorm plain": {"sam_rho": 0.0, "model": "batchnorm"},
     **{
         f"{case} {scope}": {**more, "sam_scope": scope}
@@ -44,8 +46,14 @@ DDP = {
             "bucket view": {"gradient_accumulation_steps": 2, "bucket_view": True},
             "combined": COMBINED,
             "batchnorm": {"model": "batchnorm", "sam_rho": 1e-30},
-            "fraction": {"gradient_accumulation_steps": 2, "sam_ascent_fraction": 0.5, "model": "causal"},
+            "fraction": {
+                "gradient_accumulation_steps": 2,
+                "sam_ascent_fraction": 0.5,
+                "sam_ascent_min_rows": 1,
+                "model": "causal",
+            },
             "norm": {"gradient_accumulation_steps": 2, "sam_parameters": "norm"},
+            "channels last": {"model": "channels last", "sam_parameters": "conv", "sam_rho": 0.5},
             "momentum": {"gradient_accumulation_steps": 2, "sam_direction": "momentum"},
             "adaptive": {"sam_adaptive": True},
             "reuse": {"sam_interval": 2, "sam_reuse": True, "bucket_view": True},
@@ -58,7 +66,12 @@ FSDP = {
     "causal": {"gradient_accumulation_steps": 2, "model": "causal"},
     "any optimizer": {"optim": "adamw_torch", "sam_rho": 0.05},
     "clipping": {"gradient_accumulation_steps": 2, "max_grad_norm": 0.05},
-    "fraction": {"gradient_accumulation_steps": 2, "sam_ascent_fraction": 0.5, "model": "causal"},
+    "fraction": {
+        "gradient_accumulation_steps": 2,
+        "sam_ascent_fraction": 0.5,
+        "sam_ascent_min_rows": 1,
+        "model": "causal",
+    },
     "momentum": {"gradient_accumulation_steps": 2, "sam_direction": "momentum"},
     "adaptive": {"sam_adaptive": True},
     "reuse": {"sam_interval": 2, "sam_reuse": True},
@@ -95,6 +108,32 @@ class BatchNormed(nn.Module):
         return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
 
 
+class Convolution(nn.Module):
+    """A convolution over the nine words of a row, as an image of 3 by 3."""
+
+    def __init__(self, memory_format):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(SIZE["vocab_size"], 3)
+        self.conv = nn.Conv2d(3, 5, 2)
+        self.head = nn.Linear(5, SIZE["num_labels"])
+        self.double().to(memory_format=memory_format)
+
+    def forward(self, input_ids, labels):
+        images = self.embed(input_ids).view(-1, 3, 3, 3).movedim(-1, 1)
+        logits = self.head(torch.tanh(self.conv(images)).mean((2, 3)))
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+class LogsAlone(Sharp):
+    """Process 0 logs a loss of its own, in the middle of a step."""
+
+    def compute_loss(self, *args, **kwargs):
+        if self.is_world_process_zero():
+            self.log({"loss": 0.0, "mine": 1.0})
+        return super().compute_loss(*args, **kwargs)
+
+
 def causal():
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
@@ -116,6 +155,8 @@ MODELS = {
     "causal": causal,
     "unused": Unused,
     "batchnorm": BatchNormed,
+    "channels last": lambda: Convolution(torch.channels_last),
+    "contiguous": lambda: Convolution(torch.contiguous_format),
 }
 
 
@@ -145,8 +186,10 @@ class Record(TrainerCallback):
         self.count = 0
 
 
-def train(folder, batch_size=2, model="bert", bucket_view=False, **flags) -> dict:
+def train(folder, batch_size=2, model="bert", bucket_view=False, logs=False, sync_each_batch=False, **flags) -> dict:
     """Train and return what can be compared: weights, buffers, logs, digests, all-reduces."""
+    if sync_each_batch:
+        flags["accelerator_config"] = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
     if flags.get("bf16"):
         model = "float32"
     defaults = {"optim": "adasam", "adam_epsilon": 1e-3, "learning_rate": 1e-3, "max_grad_norm": 0.0}
@@ -164,7 +207,7 @@ def train(folder, batch_size=2, model="bert", bucket_view=False, **flags) -> dic
         **(defaults | flags),
     )
     record = Record()
-    trainer = Sharp(MODELS[model](), args, train_dataset=rows_for(model), callbacks=[record])
+    trainer = (LogsAlone if logs else Sharp)(MODELS[model](), args, train_dataset=rows_for(model), callbacks=[record])
     record.trainer = trainer
     step = trainer.training_step
 
@@ -188,7 +231,7 @@ def train(folder, batch_size=2, model="bert", bucket_view=False, **flags) -> dic
     return {
         "weights": torch.cat([p.detach().reshape(-1) for p in full]),
         "buffers": {name: b.clone() for name, b in trained.named_buffers() if "running" in name},
-        "logs": [entry for entry in trainer.state.log_history if "loss" in entry],
+        "logs": [entry for entry in trainer.state.log_history if "loss" in entry and "mine" not in entry],
         "digests": record.digests,
         "reductions": record.reductions,
         "sharded": any(hasattr(p, "full_tensor") for p in trained.parameters()),
