@@ -9,7 +9,7 @@ from oracle import Oracle
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from adasam_hf import AdaSAM, Perturbation, perturbation
+from adasam_hf import AdaSAM, Perturbation, kernels
 
 OPTIMIZERS = {
     "SGD": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
@@ -25,7 +25,7 @@ LOOP = "devices without fused kernels"
 def climb(request, monkeypatch):
     """Both ways of climbing."""
     if request.param == LOOP:
-        monkeypatch.setattr(perturbation, "_get_fused_kernels_supported_devices", list)
+        monkeypatch.setattr(kernels, "_get_fused_kernels_supported_devices", list)
     return request.param
 
 
@@ -187,12 +187,12 @@ def test_restored_after_an_interrupt_at_any_instant():
     generator = np.random.default_rng(0)
     try:
         while interrupted < 150 and time.monotonic() < deadline:
-            for p in params:
-                p.grad = torch.ones_like(p)
             timer = threading.Timer(generator.uniform(0, 0.002), signal.pthread_kill, (main, signal.SIGINT))
             try:
                 timer.start()
                 while True:
+                    for p in params:
+                        p.grad = torch.ones_like(p)
                     with optimizer.perturbed():
                         for p in params:
                             p.grad = torch.ones_like(p)
