@@ -6,7 +6,7 @@ moment smaller than its parameter is read past its end. Here they see only what 
 through single operations, which honour strides.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import lru_cache
 from typing import TypeVar
 
@@ -47,14 +47,15 @@ def split(rows: Iterable[Row]) -> tuple[list[Row], list[Row]]:
     together: list[Row] = []
     apart: list[Row] = []
     for row in rows:
-        first, order = row[0], dense_order(row[0])
-        for other in row[1:]:
-            if other.shape != first.shape:
+        first, *others = row
+        shape, order = first.shape, dense_order(first)
+        for other in others:
+            if other.shape != shape:
                 raise RuntimeError(
-                    f"a parameter of shape {tuple(first.shape)} meets a tensor of shape {tuple(other.shape)}, "
-                    "which must be of the same shape"
+                    f"a parameter of shape {tuple(shape)} meets a tensor of shape {tuple(other.shape)}, "
+                    "made before the model was changed; make the optimizer after the last change"
                 )
-            if other.dtype != first.dtype or other.device != first.device or dense_order(other) != order:
+            if order is not None and not (_alike(first, other) and dense_order(other) == order):
                 order = None
         if order is None and _overlaps_itself(first.shape, first.stride()):
             raise RuntimeError(
@@ -63,6 +64,19 @@ def split(rows: Iterable[Row]) -> tuple[list[Row], list[Row]]:
             )
         (apart if order is None else together).append(row)
     return _without_shared_memory(together, apart)
+
+
+def copy_of(buffer: Tensor | None, t: Tensor) -> Tensor:
+    """`buffer` if it can hold a copy of `t`, in the same order where that is dense; otherwise a new one."""
+    if buffer is not None and buffer.shape == t.shape and _alike(buffer, t):
+        order = dense_order(t)
+        if order is None or order == dense_order(buffer):
+            return buffer
+    return torch.empty_like(t, requires_grad=False)
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return a.dtype is b.dtype and a.device == b.device
 
 
 def dense_order(t: Tensor) -> tuple[int, ...] | None:
@@ -113,9 +127,9 @@ def _without_shared_memory(together: list[Row], apart: list[Row]) -> tuple[list[
     return [row for i, row in enumerate(together) if i not in shared], apart + rest
 
 
-def has_fused(t: Tensor) -> bool:
-    """Whether torch has fused optimizers for the tensor's device."""
-    return t.device.type in _get_fused_kernels_supported_devices()
+def have_fused(tensors: Iterable[Tensor]) -> bool:
+    """Whether torch has fused optimizers for the devices of all these tensors."""
+    return {t.device.type for t in tensors} <= set(_get_fused_kernels_supported_devices())
 
 
 def check_vector(vector: Tensor, p: Tensor) -> None:
@@ -188,7 +202,11 @@ def add_along(together: Sequence[Row], apart: Sequence[Row], length: float, norm
     """
     scale = length / norm  # infinite for a norm of 0, and for one so small that the move would overflow
     blocked = ~(torch.isfinite(scale) & torch.isfinite(norm))
-    fused = [row for row in together if _has_fused_sgd(row[0])]
+    fused: list[Row] = []
+    rest = list(apart)
+    devices = _get_fused_kernels_supported_devices()
+    for row in together:
+        (fused if _has_fused_sgd(row[0], devices) else rest).append(row)
     if fused:
         # One read of p and v and one write of p: SGD's fused kernel with rate -length/norm, which leaves the
         # weights alone where found_inf is set (a zero scale would not: 0 · inf is NaN).
@@ -199,15 +217,14 @@ def add_along(together: Sequence[Row], apart: Sequence[Row], length: float, norm
             lr=rate,  # type: ignore[arg-type]  # the fused kernel reads a tensor
             weight_decay=0.0, momentum=0.0, dampening=0.0, nesterov=False, maximize=False,
         )  # fmt: skip
-    if len(fused) < len(together) or apart:
+    if rest:
         scale = torch.where(blocked, 0.0, scale)
-        for row in [*(row for row in together if not _has_fused_sgd(row[0])), *apart]:
-            p, v = row[:2]
+        for p, v, *_ in rest:
             v = v.to(torch.promote_types(p.dtype, v.dtype))  # a bfloat16 moment would round its product with the scale
             p.add_(torch.where(blocked.to(p.device), 0, v) * scale.to(p.device))
 
 
-def _has_fused_sgd(p: Tensor) -> bool:
+def _has_fused_sgd(p: Tensor, devices: Collection[str]) -> bool:
     # Up to torch 2.13 the CPU kernel leaves float16 and bfloat16 weights as they are, and says nothing.
     exact = p.dtype in (torch.float32, torch.float64) or (p.is_floating_point() and p.device.type != "cpu")
-    return exact and has_fused(p)
+    return exact and p.device.type in devices

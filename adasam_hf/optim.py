@@ -15,7 +15,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from .gradients import GradientRecord
 from .hyperparameters import check_epsilon, check_group
-from .kernels import has_fused, shard, split
+from .kernels import have_fused, shard, split
 from .perturbation import Perturbation
 
 Loss = TypeVar("Loss", Tensor, float)
@@ -258,13 +258,11 @@ class AdaSAM(Optimizer):
             self.state[p] = _new_state(p, eps)
         state = self.state[p]
         m, v, v_hat = state["exp_avg"], state["exp_avg_sq"], state["max_exp_avg_sq"]
-        for name, other in (("gradient", gradient), ("state", m)):
-            if other.dtype != p.dtype or other.shape != p.shape:
-                raise RuntimeError(
-                    f"a parameter has shape {tuple(p.shape)} and dtype {p.dtype}, but its {name} has shape "
-                    f"{tuple(other.shape)} and dtype {other.dtype}; change the model (as by model.half()) before "
-                    "AdaSAM is constructed"
-                )
+        if not gradient.dtype == m.dtype == p.dtype:
+            raise RuntimeError(
+                f"a parameter has dtype {p.dtype}, its gradient {gradient.dtype} and AdaSAM's state of it {m.dtype}; "
+                "change the model (as by model.half()) before AdaSAM is constructed"
+            )
         return shard(p), shard(gradient), shard(m), shard(v), shard(v_hat)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -356,7 +354,7 @@ def _implementation(group: Mapping[str, Any], rows: Sequence[Row]) -> tuple[bool
     """(fused, foreach): what the group asks for, otherwise the fastest that its parameters allow."""
     fused, foreach = group["fused"], group["foreach"]
     if fused is None and foreach is None:
-        fused = all(has_fused(row[0]) for row in rows)
+        fused = have_fused(row[0] for row in rows)
         foreach = not fused
     fused, foreach = bool(fused), bool(foreach)
     # torch's foreach path refuses a tensor learning rate outside graph capture; its loop takes it.

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from .directions import Direction, Gradient, innermost
 from .gradients import GradientRecord
 from .hyperparameters import check_radius
-from .kernels import HALF, add_along, check_vector, dense_order, gradient_norm, shard, split
+from .kernels import HALF, add_along, check_vector, copy_of, dense_order, gradient_norm, shard, split
 
 local = shard  # its name up to 0.1
 
@@ -150,8 +150,9 @@ class Perturbation:
         self._saved = None
         torch.clear_autocast_cache()
         self._forget_spent_gradients()
-        if self._step_hook is not None:  # or nobody would say that they have been used
-            self._spent = GradientRecord(self._trainable())
+        largest = max((p for p in self.moved if p.grad is not None), key=Tensor.numel, default=None)
+        if largest is not None and self._step_hook is not None:  # without, nobody says when they have been used
+            self._spent = GradientRecord([largest])
 
     @contextmanager
     def perturbed(
@@ -217,15 +218,7 @@ class Perturbation:
         return list(params), list(vectors), list(per_parameter)
 
     def _buffer(self, p: Tensor) -> Tensor:
-        buffer, part = self._buffers.get(p), shard(p)
-        if (
-            buffer is None
-            or buffer.shape != part.shape
-            or buffer.dtype != part.dtype
-            or buffer.device != part.device
-            or dense_order(part) not in (None, dense_order(buffer))
-        ):
-            buffer = self._buffers[p] = torch.empty_like(part, requires_grad=False)
+        buffer = self._buffers[p] = copy_of(self._buffers.get(p), shard(p))
         return buffer
 
     def _refuse_fused_update(self, moving: list[Tensor]) -> None:
