@@ -205,14 +205,14 @@ class AdaSAM(Optimizer):
         return loss
 
     def _both_passes(self, closure: Callable[[], Loss]) -> Loss:
-        self._refuse_shard()
-        _refuse_accumulation_by_accelerate()
         record = GradientRecord(self._parameters())
         ascended = self._ascended_by is not None and self._has_gradient()
         try:
             loss = _call(closure)
             if not record.replaced() or not self._has_gradient():  # as the second is where it has skipped its batch
                 return loss
+            self._refuse_shard()
+            _refuse_accumulation_by_accelerate()
             if ascended:
                 raise RuntimeError(
                     "step(closure) after an ascent: the closure computes gradients, but those of the second pass are "
