@@ -127,8 +127,12 @@ class AdaSAM(Optimizer):
         if isinstance(param_group, dict):
             param_group.update(check_group({**self.defaults, **param_group}))
         super().add_param_group(param_group)
-        for p in self.param_groups[-1]["params"]:
-            check_epsilon(self.param_groups[-1]["eps"], p.dtype)
+        try:
+            for p in self.param_groups[-1]["params"]:
+                check_epsilon(self.param_groups[-1]["eps"], p.dtype)
+        except ValueError:
+            self.param_groups.pop()
+            raise
 
     # ---- the ascent ----
 
