@@ -64,7 +64,8 @@ class Momentum(Direction):
         state = self.optimizer.state.get(p, {})
         moment = next((state[key] for key in self.KEYS if state.get(key) is not None), None)
         if moment is not None:
-            check_moment(moment, p, type(innermost(self.optimizer)).__name__)
+            owner = type(innermost(self.optimizer))
+            check_moment(moment, p, f"{owner.__module__}.{owner.__qualname__}")
         return moment
 
 

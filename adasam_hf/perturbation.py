@@ -55,7 +55,7 @@ class Perturbation:
 
     def __init__(self, optimizer: Optimizer, only: Collection[Tensor] | None = None) -> None:
         self.optimizer = optimizer
-        self.only = only
+        self.only = None if only is None else set(only)
         self._buffers: dict[Tensor, Tensor] = {}
         self._saved: tuple[list[Tensor], list[Tensor]] | None = None
         self._spent: GradientRecord | None = None  # gradients at w + δ, which are for the update and no other ascent
@@ -106,13 +106,10 @@ class Perturbation:
         if direction.first_pass:
             self._refuse_spent_gradients()
         params, vectors, radii = self._vectors(direction, radii, self.only if only is None else only)
-
         if adaptive and params:
-            sizes = [p.abs().add_(ASAM_ETA) for p in params]
-            vectors = list(torch._foreach_mul(sizes, vectors))
-        norm = gradient_norm(vectors)
-        if adaptive and params:
-            torch._foreach_mul_(vectors, sizes)
+            vectors, norm = _relative_to_weights(params, vectors)
+        else:
+            norm = gradient_norm(vectors)
 
         moves: dict[float, list[Row]] = {}
         for p, vector, radius in zip(params, vectors, radii, strict=True):
@@ -269,6 +266,15 @@ class Perturbation:
 
 
 Row = tuple[Tensor, Tensor, Tensor]  # parameter, vector, saved copy
+
+
+def _relative_to_weights(params: list[Tensor], vectors: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """(T²s, ‖Ts‖₂) for the vectors s, with T = |w| + 0.01."""
+    sizes = [p.abs().add_(ASAM_ETA) for p in params]
+    scaled = list(torch._foreach_mul(sizes, vectors))
+    norm = gradient_norm(scaled)
+    torch._foreach_mul_(scaled, sizes)
+    return scaled, norm
 
 
 def _applied(moves: Mapping[float, list[Row]], sign: float, norm: Tensor) -> Tensor:

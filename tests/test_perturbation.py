@@ -156,13 +156,24 @@ def test_groups_added_later_are_seen():
 def test_the_host_never_waits():
     """Fake tensors have no values: any `.item()`, `bool()` or `if` on one raises, as the last line shows."""
     with FakeTensorMode():
-        p = nn.Parameter(torch.ones(3))
+        p, q = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(4, 5)[:, :2])
         optimizer = AdaSAM([p])
-        p.grad = torch.ones(3)
-        norm = optimizer.ascend()
-        optimizer.restore()
-        p.grad = torch.ones(3)
-        optimizer.step()
+
+        def backward():
+            p.grad = torch.ones(3)
+
+        for _ in range(2):
+            backward()
+            norm = optimizer.ascend()
+            backward()
+            optimizer.restore()
+            optimizer.step()
+            optimizer.zero_grad()
+            optimizer.step(backward)
+        with Perturbation(optimizer).perturbed([0.1], Momentum(optimizer), adaptive=True):
+            pass
+        q.grad = torch.ones(4, 2)
+        Perturbation(torch.optim.SGD([q], lr=0.1)).ascend(0.1)
         with pytest.raises(DataDependentOutputException):
             norm.item()
 
@@ -270,7 +281,7 @@ def test_only_the_chosen_move_and_count(climb, how):
     params = parameters()
     optimizer = torch.optim.SGD(params, lr=0.1)
     before, gradients = bits(params), [p.grad.clone() for p in params]
-    handle = Perturbation(optimizer, only=params[:1] if how == "at construction" else None)
+    handle = Perturbation(optimizer, only=iter(params[:1]) if how == "at construction" else None)
     with handle.perturbed(0.3, only=params[:1] if how == "at the ascent" else None) as norm:
         assert norm.item() == pytest.approx(gradients[0].norm().item(), rel=1e-14)
         torch.testing.assert_close(params[0].detach(), before[0] + 0.3 * gradients[0] / gradients[0].norm())
