@@ -198,7 +198,8 @@ class AdaSAM(Optimizer):
             raise RuntimeError("the weights are still perturbed; call restore() (or leave `perturbed()`) before step()")
         loss = None
         if closure is not None:
-            loss = self._both_passes(closure) if any(self._radii) else _call(closure)
+            two_passes = any(self._radii) or self._ascended_by is not None
+            loss = self._both_passes(closure) if two_passes else _call(closure)
         ascended_by, self._ascended_by = self._ascended_by, None
         if ascended_by is self._perturbation and not self._has_gradient():
             raise RuntimeError("no parameter has a gradient; call loss.backward() inside `with optimizer.perturbed():`")
@@ -222,6 +223,8 @@ class AdaSAM(Optimizer):
                     "step(closure) after an ascent: the closure computes gradients, but those of the second pass are "
                     "already there; call step() without a closure, or leave both passes to the closure"
                 )
+            if not any(self._radii):
+                return loss
             if record.uncleared():
                 raise RuntimeError(
                     "the closure adds to gradients that were there before, whose batches would have no second pass; "

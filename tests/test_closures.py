@@ -156,11 +156,12 @@ def test_a_closure_that_does_nothing_after_an_ascent(who, after):
 
 
 @pytest.mark.parametrize("clears", [False, True])
-def test_a_closure_that_computes_after_an_ascent_is_refused(clears):
+@pytest.mark.parametrize("rho", [0.0, RHO])  # of the groups, in which a Perturbation is not bound to believe
+def test_a_closure_that_computes_after_an_ascent_is_refused(clears, rho):
     model, data = problem()
-    optimizer = optimizer_for(model)
+    optimizer = optimizer_for(model, rho)
     loss_of(model, data[0]).backward()
-    with optimizer.perturbed():
+    with Perturbation(optimizer).perturbed(RHO):
         loss_of(model, data[0]).backward()
     before = weights(model)
 
