@@ -1,11 +1,21 @@
-"""Along what the weights climb. A new direction is one class here and its name at the end."""
+"""Along what the weights ascend. A new direction is one class here and its name at the end."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 from torch.optim import Optimizer
+
+from .kernels import check_moment
+
+
+def innermost(optimizer: Any) -> Any:
+    """The optimizer that updates, out of wrappers such as Accelerate's (``.optimizer``) and ZeRO's (``.optim``)."""
+    for name in ("optimizer", "optim"):
+        inner = getattr(optimizer, name, None)
+        if hasattr(inner, "param_groups"):
+            return innermost(inner)
+    return optimizer
 
 
 class Direction(ABC):
@@ -41,6 +51,9 @@ class Momentum(Direction):
 
     It needs no pass of its own, so a step costs what a plain one does; useful radii are many times those of SAM. Before
     the first update there is no m, and the step is a plain one.
+
+    Raises:
+        RuntimeError: where m has another shape than its parameter (GaLore, APOLLO) or is quantized.
     """
 
     first_pass = False
@@ -49,11 +62,15 @@ class Momentum(Direction):
 
     def __call__(self, p: Tensor) -> Tensor | None:
         state = self.optimizer.state.get(p, {})
-        return next((state[key] for key in self.KEYS if state.get(key) is not None), None)
+        moment = next((state[key] for key in self.KEYS if state.get(key) is not None), None)
+        if moment is not None:
+            owner = type(innermost(self.optimizer))
+            check_moment(moment, p, f"{owner.__module__}.{owner.__qualname__}")
+        return moment
 
 
-class Last(Direction):
-    """What was climbed last, again, without a pass of its own."""
+class PreviousAscent(Direction):
+    """Along what the weights ascended last, once more, without a pass of its own."""
 
     first_pass = False
 
@@ -61,14 +78,17 @@ class Last(Direction):
         super().__init__(optimizer)
         self.vectors: dict[Tensor, Tensor] = {}
 
-    def remember(self, direction: Direction, params: Iterable[Tensor]) -> None:
+    def remember(self, direction: Direction) -> None:
         """Copy its vectors; DistributedDataParallel may go on using the memory of gradients."""
         self.sign = direction.sign
+        params = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.vectors = {p: d.detach().clone() for p in params if (d := direction(p)) is not None}
 
     def __call__(self, p: Tensor) -> Tensor | None:
         return self.vectors.get(p)
 
+
+Last = PreviousAscent  # its name up to 0.1
 
 DirectionName = Literal["gradient", "momentum"]
 DIRECTIONS: dict[DirectionName, type[Direction]] = {"gradient": Gradient, "momentum": Momentum}

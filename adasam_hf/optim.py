@@ -1,19 +1,25 @@
 """AdaSAM as a `torch.optim.Optimizer`, usable without Transformers."""
 
-from collections.abc import Callable
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
+from types import FrameType
 from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
 from torch.optim.adam import adam
 from torch.optim.optimizer import Optimizer, ParamsT
-from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
-from .perturbation import Perturbation, check_radius, local
+from .gradients import GradientRecord
+from .hyperparameters import check_epsilon, check_group
+from .kernels import have_fused, shard, split
+from .perturbation import Perturbation
 
 Loss = TypeVar("Loss", Tensor, float)
+Row = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # parameter, gradient, and the state's m, v, v̂
 
 STATE_KEYS = {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"}
 
@@ -66,7 +72,7 @@ class AdaSAM(Optimizer):
         rho: radius ρ >= 0, in weight units.
         foreach, fused: choose one of torch's implementations (False alone means the loop, and a tensor lr turns
             foreach into it); by default the fastest that the parameters allow, i.e. the fused kernel, which
-            reads and writes each tensor once.
+            reads and writes each tensor once. Slices, and whatever else it would get wrong, take the loop either way.
 
     Bytes of a fused update for each float32 parameter: 20 read (x, g, m, v, v̂) and 16 written; torch's AdamW reads 16
     and writes 12. With the climb and the way back (see `Perturbation`) a sharpness-aware step moves 68 bytes outside
@@ -74,9 +80,14 @@ class AdaSAM(Optimizer):
 
     The state of a parameter is what `torch.optim.Adam(amsgrad=True)` keeps, under the same names.
 
+    Numbers may be NumPy's; groups hold them as Python floats.
+
     Raises:
-        ValueError: for a value out of range.
+        ValueError: for a value of another type or out of range.
     """
+
+    warn_without_ascent = True
+    """Whether `step` is still to warn, once, that nothing has ascended; to be set to False where that is intended."""
 
     def __init__(
         self,
@@ -92,18 +103,20 @@ class AdaSAM(Optimizer):
     ) -> None:
         if foreach and fused:
             raise ValueError("foreach=True and fused=True exclude each other; set at most one")
-        super().__init__(
-            params,
-            {
-                "lr": lr,
-                "betas": betas,
-                "eps": eps,
-                "weight_decay": weight_decay,
-                "rho": rho,
-                "foreach": foreach,
-                "fused": fused,
-            },
-        )
+        self._is_shard = _is_called_from("torch.distributed.optim.zero_redundancy_optimizer")
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "rho": rho,
+            "foreach": foreach,
+            "fused": fused,
+        }
+        super().__init__(params, check_group(defaults))
+
+    _is_shard = False  # of a ZeroRedundancyOptimizer, which gives each process some of the parameters
+    _ascended_by: Perturbation | None = None  # since the last step
 
     @cached_property
     def _perturbation(self) -> Perturbation:
@@ -111,22 +124,21 @@ class AdaSAM(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch, with the group's values checked."""
-        _check_group({**self.defaults, **param_group})
+        if isinstance(param_group, dict):
+            param_group.update(check_group({**self.defaults, **param_group}))
         super().add_param_group(param_group)
-        eps = self.param_groups[-1]["eps"]
-        for p in self.param_groups[-1]["params"]:
-            smallest = torch.finfo(p.dtype).tiny ** 0.5 if p.is_floating_point() else None
-            if smallest is None:
-                raise ValueError(f"a parameter has dtype {p.dtype}; AdaSAM takes real floating-point parameters")
-            if eps < smallest:
-                raise ValueError(
-                    f"eps={eps!r} is too small for {p.dtype} parameters: eps² must not underflow, so eps >= "
-                    f"{smallest:.1e}; raise eps or keep the weights in float32"
-                )
+        try:
+            for p in self.param_groups[-1]["params"]:
+                check_epsilon(self.param_groups[-1]["eps"], p.dtype)
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    # ---- the ascent ----
 
     def ascend(self) -> Tensor:
         """w ← w + δ from the gradients in ``.grad``, which are then taken away. Returns ‖s‖₂ (see `Perturbation`)."""
-        self._climbed = True
+        self._refuse_shard()
         return self._perturbation.ascend(self._radii)
 
     def restore(self) -> None:
@@ -135,14 +147,33 @@ class AdaSAM(Optimizer):
 
     def perturbed(self) -> AbstractContextManager[Tensor]:
         """`ascend` on entry and `restore` on exit, also when the block raises."""
-        self._climbed = True
+        self._refuse_shard()
         return self._perturbation.perturbed(self._radii)
 
-    _climbed = False  # since the last step
+    def note_ascent(self, perturbation: Perturbation) -> None:
+        """Called by every `Perturbation` of this optimizer, also through a wrapper, when it ascends."""
+        self._ascended_by = perturbation
+        self.warn_without_ascent = False
 
     @property
     def _radii(self) -> list[float]:
         return [group["rho"] for group in self.param_groups]
+
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _has_gradient(self) -> bool:
+        return any(p.grad is not None for p in self._parameters())
+
+    def _refuse_shard(self) -> None:
+        if self._is_shard:
+            raise RuntimeError(
+                "ZeroRedundancyOptimizer gives AdaSAM a shard of the parameters, so this would ascend along a part of "
+                "the gradient; use `with Perturbation(zero_optimizer).perturbed(rho):` for the second pass, and then "
+                "zero_optimizer.step() without a closure"
+            )
+
+    # ---- the step ----
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -154,70 +185,92 @@ class AdaSAM(Optimizer):
 
         Args:
             closure: clears the gradients, computes the loss, calls backward and returns the loss. It is
-                called at x_t and, if a radius is above 0, again at x_t + δ_t.
+                called at x_t and, if a radius is above 0, again at x_t + δ_t. One that changes no gradient (as
+                Lightning's in manual optimization) is called once, and the update takes the gradients that are there.
 
         Returns: the loss at x_t, or None without a closure.
 
         Raises:
-            RuntimeError: if the weights are still perturbed, or nothing was backpropagated while they were.
+            RuntimeError: if the weights are still perturbed, nothing was backpropagated while they were, the closure
+                adds to gradients that it does not clear, or its second call would not be what the first one was.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-            if any(self._radii):
-                with self.perturbed(), torch.enable_grad():
-                    closure()
         if self._perturbation.active:
             raise RuntimeError("the weights are still perturbed; call restore() (or leave `perturbed()`) before step()")
-        climbed, self._climbed = self._climbed, False
-        if climbed and all(p.grad is None for group in self.param_groups for p in group["params"]):
+        loss = None
+        if closure is not None:
+            two_passes = any(self._radii) or self._ascended_by is not None
+            loss = self._both_passes(closure) if two_passes else _call(closure)
+        ascended_by, self._ascended_by = self._ascended_by, None
+        if ascended_by is self._perturbation and not self._has_gradient():
             raise RuntimeError("no parameter has a gradient; call loss.backward() inside `with optimizer.perturbed():`")
+        if self.warn_without_ascent and any(self._radii) and self._has_gradient():
+            self._warn_without_ascent()
         for group in self.param_groups:
             self._update(group)
         return loss
 
-    def _update(self, group: dict) -> None:
-        params = [p for p in group["params"] if p.grad is not None]
-        if not params:
-            return
-        for p in params:
-            if not self.state[p]:
-                self._init_state(p, group["eps"])
-        # The update is elementwise, so that each shard of a sharded parameter needs no other.
-        states = [{name: local(value) for name, value in self.state[p].items()} for p in params]
-        gradients, params = [local(p.grad) for p in params], [local(p) for p in params]
-        fused, foreach = _implementation(group, params)
-        adam(
-            params,
-            gradients,
-            [s["exp_avg"] for s in states],
-            [s["exp_avg_sq"] for s in states],
-            [s["max_exp_avg_sq"] for s in states],
-            _endless_steps(params, fused),
-            amsgrad=True,
-            decoupled_weight_decay=True,
-            fused=fused,
-            foreach=foreach,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=0.0,
-            maximize=False,
-        )
-        torch._foreach_add_([s["step"] for s in states], 1)
+    def _both_passes(self, closure: Callable[[], Loss]) -> Loss:
+        record = GradientRecord(self._parameters())
+        ascended = self._ascended_by is not None and self._has_gradient()
+        try:
+            loss = _call(closure)
+            if not record.replaced() or not self._has_gradient():  # as the second is where it has skipped its batch
+                return loss
+            self._refuse_shard()
+            _refuse_accumulation_by_accelerate()
+            if ascended:
+                raise RuntimeError(
+                    "step(closure) after an ascent: the closure computes gradients, but those of the second pass are "
+                    "already there; call step() without a closure, or leave both passes to the closure"
+                )
+            if not any(self._radii):
+                return loss
+            if record.uncleared():
+                raise RuntimeError(
+                    "the closure adds to gradients that were there before, whose batches would have no second pass; "
+                    "call zero_grad() in it or, to accumulate over micro-batches, take all second passes inside one "
+                    "`with optimizer.perturbed():` and call step() without a closure"
+                )
+        finally:
+            record.close()
+        with self.perturbed():
+            _call(closure)
+        return loss
 
-    def _init_state(self, p: Tensor, eps: float) -> None:
-        assert p.grad is not None  # `_update` leaves the others out
-        if p.grad.is_sparse:
+    def _warn_without_ascent(self) -> None:
+        self.warn_without_ascent = False
+        warnings.warn(
+            f"rho={max(self._radii)} but no ascent has come before step(), so this is a step of plain AMSGrad; hand "
+            "step() a closure, take the second pass inside `with optimizer.perturbed():`, or set rho=0",
+            stacklevel=5,  # past step() and torch's two wrappers of it
+        )
+
+    def _update(self, group: dict) -> None:
+        gradients = {p: p.grad for p in group["params"] if p.grad is not None}
+        if not gradients:
+            return
+        for dtype in {p.dtype for p in gradients}:  # model.half() may have come after the optimizer, or a checkpoint
+            check_epsilon(group["eps"], dtype)
+        # The update is elementwise, so that each shard of a sharded parameter needs no other.
+        together, apart = split([self._row(p, g, group["eps"]) for p, g in gradients.items()])
+        fused, foreach = _implementation(group, together)
+        _adam(together, group, fused, foreach)
+        _adam(apart, group, False, False)
+        torch._foreach_add_([self.state[p]["step"] for p in gradients], 1)
+
+    def _row(self, p: Tensor, gradient: Tensor, eps: float) -> Row:
+        if gradient.is_sparse:
             raise RuntimeError("AdaSAM does not support sparse gradients; use nn.Embedding(..., sparse=False)")
-        self.state[p] = {
-            "step": torch.zeros((), dtype=torch.float32),
-            "exp_avg": torch.zeros_like(p, memory_format=torch.preserve_format),
-            "exp_avg_sq": torch.zeros_like(p, memory_format=torch.preserve_format),
-            "max_exp_avg_sq": torch.full_like(p, eps**2, memory_format=torch.preserve_format),
-        }
+        if not self.state[p]:
+            self.state[p] = _new_state(p, eps)
+        state = self.state[p]
+        m, v, v_hat = state["exp_avg"], state["exp_avg_sq"], state["max_exp_avg_sq"]
+        if not gradient.dtype == m.dtype == p.dtype:
+            raise RuntimeError(
+                f"a parameter has dtype {p.dtype}, its gradient {gradient.dtype} and AdaSAM's state of it {m.dtype}; "
+                "change the model (as by model.half()) before AdaSAM is constructed"
+            )
+        return shard(p), shard(gradient), shard(m), shard(v), shard(v_hat)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch, after checking that AdaSAM wrote it.
@@ -235,34 +288,87 @@ class AdaSAM(Optimizer):
         super().load_state_dict(state_dict)
 
 
-def _check_group(group: dict) -> None:
-    lr, betas, eps, weight_decay = group["lr"], group["betas"], group["eps"], group["weight_decay"]
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"lr has {lr.numel()} elements; a tensor learning rate has one")
-    if not 0.0 <= lr < float("inf"):
-        raise ValueError(f"lr={lr!r} must be finite and >= 0; fine-tuning starts around 1e-5")
-    if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
-        raise ValueError(f"betas={betas!r} must be two numbers in [0, 1); the paper's recipe has (0.9, 0.98)")
-    if not 0.0 < eps < float("inf"):
-        raise ValueError(f"eps={eps!r} must be finite and > 0, since eps² seeds the denominator; try 1e-6")
-    if not 0.0 <= weight_decay < float("inf"):
-        raise ValueError(f"weight_decay={weight_decay!r} must be finite and >= 0")
-    check_radius(group["rho"])
+# ---- who calls ----
 
 
-def _implementation(group: dict, params: list[Tensor]) -> tuple[bool, bool]:
+def _call(closure: Callable[[], Loss]) -> Loss:
+    with torch.enable_grad():
+        return closure()
+
+
+def _is_called_from(module: str) -> bool:
+    """Whether the code of the module `module` is among the callers."""
+    if module not in sys.modules:
+        return False
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals.get("__name__") == module:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _refuse_accumulation_by_accelerate() -> None:
+    state = sys.modules.get("accelerate.state")
+    if state is None or not state.GradientState._shared_state:  # nobody has made an Accelerator
+        return
+    steps = state.GradientState().num_steps
+    if steps > 1 and _is_called_from("accelerate.optimizer"):
+        raise RuntimeError(
+            f"Accelerate accumulates gradients over {steps} micro-batches and calls the closure for the last one only, "
+            "so the others would have no second pass; take all second passes inside one `perturbed()` and call step() "
+            "without a closure"
+        )
+
+
+# ---- the update ----
+
+
+def _new_state(p: Tensor, eps: float) -> dict[str, Tensor]:
+    return {
+        "step": torch.zeros((), dtype=torch.float32),
+        "exp_avg": torch.zeros_like(p, memory_format=torch.preserve_format),
+        "exp_avg_sq": torch.zeros_like(p, memory_format=torch.preserve_format),
+        "max_exp_avg_sq": torch.full_like(p, eps**2, memory_format=torch.preserve_format),
+    }
+
+
+def _adam(rows: Sequence[Row], group: Mapping[str, Any], fused: bool, foreach: bool) -> None:
+    if not rows:
+        return
+    params, gradients, first_moments, second_moments, maxima = map(list, zip(*rows, strict=True))
+    adam(
+        params,
+        gradients,
+        first_moments,
+        second_moments,
+        maxima,
+        _uncorrected_steps(params, fused),
+        amsgrad=True,
+        decoupled_weight_decay=True,
+        fused=fused,
+        foreach=foreach,
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        eps=0.0,
+        maximize=False,
+    )
+
+
+def _implementation(group: Mapping[str, Any], rows: Sequence[Row]) -> tuple[bool, bool]:
     """(fused, foreach): what the group asks for, otherwise the fastest that its parameters allow."""
     fused, foreach = group["fused"], group["foreach"]
     if fused is None and foreach is None:
-        devices = _get_fused_kernels_supported_devices()
-        fused = all(p.device.type in devices for p in params)
+        fused = have_fused(row[0] for row in rows)
         foreach = not fused
     fused, foreach = bool(fused), bool(foreach)
     # torch's foreach path refuses a tensor learning rate outside graph capture; its loop takes it.
     return fused, foreach and not isinstance(group["lr"], Tensor)
 
 
-def _endless_steps(params: list[Tensor], fused: bool) -> list[Tensor]:
+def _uncorrected_steps(params: list[Tensor], fused: bool) -> list[Tensor]:
     """Step counts so large that both of Adam's bias corrections, 1 - βᵗ, are exactly 1: the paper has none."""
     steps: dict[torch.device, Tensor] = {}
     for p in params:

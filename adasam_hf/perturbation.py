@@ -1,68 +1,25 @@
-"""The climb to the worst nearby weights and the exact way back.
+"""The move to the worst nearby weights and the exact way back.
 
 Knows tensors and parameter groups only: no closure, no Trainer, no update rule.
 """
 
-import math
+import weakref
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.sgd import sgd
-from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
-from .directions import Direction, Gradient
+from .directions import Direction, Gradient, innermost
+from .gradients import GradientRecord
+from .hyperparameters import check_radius
+from .kernels import HALF, add_along, check_vector, copy_of, dense_order, gradient_norm, shard, split
 
-if torch.distributed.is_available():
-    from torch.distributed.tensor import DTensor, Partial, Replicate
-else:
-    DTensor = ()  # type: ignore[assignment, misc]  # of which nothing is an instance
+local = shard  # its name up to 0.1
 
-HALF = (torch.float16, torch.bfloat16)
 ASAM_ETA = 0.01  # of the ASAM paper: weights near 0 are to move, too
-
-
-def local(t: Tensor) -> Tensor:
-    """The shard of a `DTensor` that lies here, sharing its memory; any other tensor as it is."""
-    return t.to_local() if isinstance(t, DTensor) else t
-
-
-def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
-    """Global L2 norm √(Σ‖gᵢ‖²) over tensors of any shapes, sharded ones (`DTensor`) included.
-
-    Accumulated in float32 (float64 if any gradient is float64): the norm of half-precision
-    gradients is inaccurate or infinite in their own dtype. Sharded gradients cost one all-reduce of one number
-    for each way of sharding among them.
-
-    Returns: a 0-d tensor on the device of the first gradient; the host does not wait for it.
-    """
-    wide = any(g.dtype == torch.float64 for g in gradients)
-    layouts: dict[tuple | None, list[Tensor]] = {}
-    for g in gradients:
-        layout = (g.device_mesh, g.placements) if isinstance(g, DTensor) else None
-        layouts.setdefault(layout, []).append(local(g))
-    norms = []
-    for layout, shards in layouts.items():
-        parts = torch._foreach_norm(shards, 2.0, dtype=torch.float64 if wide else torch.float32)
-        norm = torch.linalg.vector_norm(torch.stack([n.to(parts[0].device) for n in parts]))
-        if layout is not None:
-            mesh, placements = layout
-            parted = [Replicate() if placement.is_replicate() else Partial("sum") for placement in placements]
-            square = DTensor.from_local(norm.double().square(), mesh, parted, run_check=False)
-            norm = square.full_tensor().sqrt().to(norm.dtype)
-        norms.append(norm)
-    if len(norms) == 1:
-        return norms[0]
-    return torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
-
-
-def check_radius(rho: float, name: str = "rho") -> float:
-    """Return `rho` if it is a finite number >= 0; raise ValueError otherwise."""
-    if isinstance(rho, bool) or not isinstance(rho, (int, float)) or not (math.isfinite(rho) and rho >= 0):
-        raise ValueError(f"{name}={rho!r} must be a finite number >= 0 (0 switches the ascent off; try 0.05)")
-    return rho
 
 
 class Perturbation:
@@ -78,21 +35,22 @@ class Perturbation:
             loss(w).backward()      # the gradient at w + δ
         optimizer.step()            # from w, restored bit for bit
 
-    - Parameters without a gradient, and groups with radius 0, keep their bits. A group with radius 0
-      still counts in the norm.
+    - Parameters without a gradient, frozen ones, and groups with radius 0 keep their bits. A group with radius 0
+      still counts in the norm; a frozen parameter does not.
     - If ‖s‖ is 0 or not finite nothing moves.
-    - Bytes read + written for each climbing float32 parameter: norm 4 + 0, save 4 + 4, climb 8 + 4, restore 4 + 4;
+    - Parameters may be slices, transposed or in any other layout; memory beside them is not touched.
+    - Bytes read + written for each float32 parameter that moves: norm 4 + 0, save 4 + 4, move 8 + 4, restore 4 + 4;
       in another precision in proportion. One pass each on devices with torch's fused kernels, and no temporary of the
       model's size but the saved copy (``adaptive`` needs two more, and 40 bytes).
-    - No host–device synchronization. On devices without torch's fused kernels the climb is a loop.
+    - No host–device synchronization. What torch's fused kernels cannot take is moved in a loop (see `kernels`).
     - Sharded parameters (`DTensor`, as FSDP2 makes them) move shard by shard along one direction with one norm.
-    - Half-precision weights round part of δ away; `applied` says what is left of it.
-    - The saved weights live here (one copy of the climbing parameters, kept between steps), never in
+    - Half-precision weights round part of δ away; `applied` says what remains of it.
+    - The saved weights live here (one copy of the moving parameters, kept between steps), never in
       ``optimizer.state``. Groups are read at each ascent, so new or replaced groups are seen.
 
     Args:
         optimizer: anything with torch's ``param_groups``.
-        only: the parameters that may climb and that count in the norm; None for all.
+        only: deprecated, give it to `ascend`.
     """
 
     def __init__(self, optimizer: Optimizer, only: Collection[Tensor] | None = None) -> None:
@@ -100,6 +58,10 @@ class Perturbation:
         self.only = None if only is None else set(only)
         self._buffers: dict[Tensor, Tensor] = {}
         self._saved: tuple[list[Tensor], list[Tensor]] | None = None
+        self._spent: GradientRecord | None = None  # gradients at w + δ, which are for the update and no other ascent
+        self._step_hook: Any = None
+        self.moved: list[Tensor] = []
+        """The parameters that the last ascent moved, provided that its norm was finite and above 0."""
         self.applied: Tensor | None = None
         """Share of the last δ that survived rounding, ⟨δ', δ⟩/‖δ‖² over what moved here, where δ' is what the
         weights really moved by. 0-d, 1 if nothing was to move; None unless some of it is float16 or bfloat16
@@ -112,75 +74,64 @@ class Perturbation:
 
     @torch.no_grad()
     def ascend(
-        self, rho: float | Sequence[float], direction: Direction | None = None, *, adaptive: bool = False
+        self,
+        rho: float | Sequence[float],
+        direction: Direction | None = None,
+        *,
+        adaptive: bool = False,
+        only: Collection[Tensor] | None = None,
     ) -> Tensor:
         """w ← w + ρ·s/‖s‖, and take the gradients away (``.grad = None``) for the second pass.
 
         Args:
             rho: radius in weight units, finite and >= 0: one for all groups, or one for each.
-            direction: what to climb along in place of the gradient s. One that needs no first pass leaves ``.grad``
+            direction: along what to move in place of the gradient s. One that needs no first pass leaves ``.grad``
                 alone, and may be without vectors, whereupon nothing moves.
             adaptive: w ← w + ρ·T²s/‖Ts‖ with T = |w| + 0.01, element by element: the radius is then relative to the
                 weights, and the neighbourhood does not depend on their scale (ASAM, arXiv:2102.11600).
+            only: the parameters that may move and that count in the norm; None for all. If none of them has a gradient
+                but others have, nothing moves.
 
         Returns: ‖s‖₂ (adaptive: ‖Ts‖₂), 0-d. 0, NaN or infinity mean that nothing moved.
 
         Raises:
             ValueError: for a bad radius, or a number of radii that is not the number of groups.
-            RuntimeError: when called twice without `restore`, without any gradient, or with sparse ones.
+            RuntimeError: when called twice without `restore`, without any gradient, with sparse ones, with gradients
+                that are still those of the last second pass, or for memory that cannot be moved as asked.
         """
         if self.active:
             raise RuntimeError("the weights are already perturbed; call restore() before the next ascend()")
         direction = direction or Gradient(self.optimizer)
-        groups = self.optimizer.param_groups
-        radii = list(rho) if isinstance(rho, Sequence) else [rho] * len(groups)
-        if len(radii) != len(groups):
-            raise ValueError(
-                f"rho={rho!r} has {len(radii)} radii for {len(groups)} parameter groups; give one for each"
-            )
-        radii = [check_radius(radius) for radius in radii]
-        found = [
-            (p, vector, radius)
-            for group, radius in zip(groups, radii, strict=True)
-            for p in group["params"]
-            if (self.only is None or p in self.only) and (vector := direction(p)) is not None
-        ]
-        vectors: list[Tensor] | tuple[Tensor, ...]
-        params, vectors, radii = map(list, zip(*found, strict=True)) if found else ([], [], [])
-        if not params:
-            if direction.first_pass:
-                raise RuntimeError("no parameter has a gradient to climb along; call loss.backward() first")
-            return torch.zeros(())
-        if any(v.is_sparse for v in vectors):
-            raise RuntimeError("sparse gradients have no ascent; use dense ones (nn.Embedding(..., sparse=False))")
+        radii = self._radii(rho)
+        if direction.first_pass:
+            self._refuse_spent_gradients()
+        params, vectors, radii = self._vectors(direction, radii, self.only if only is None else only)
+        if adaptive and params:
+            vectors, norm = _relative_to_weights(params, vectors)
+        else:
+            norm = gradient_norm(vectors)
 
-        if adaptive:
-            sizes = [p.abs().add_(ASAM_ETA) for p in params]
-            vectors = torch._foreach_mul(sizes, vectors)
-        norm = gradient_norm(vectors)
-        if adaptive:
-            torch._foreach_mul_(vectors, sizes)
-
-        shards: dict[float, tuple[list[Tensor], list[Tensor], list[Tensor]]] = {}
+        moves: dict[float, list[Row]] = {}
         for p, vector, radius in zip(params, vectors, radii, strict=True):
             if radius > 0:
-                lists = shards.setdefault(radius, ([], [], []))
-                for items, item in zip(lists, (local(p), self._buffer(p), local(vector)), strict=True):
-                    items.append(item)
-        moving = [p for here, _, _ in shards.values() for p in here]
-        saved = [b for _, buffers, _ in shards.values() for b in buffers]
+                moves.setdefault(radius, []).append((shard(p), shard(vector), self._buffer(p)))
+        parts = {radius: split(rows) for radius, rows in moves.items()}  # refuses before anything has changed
+        rows = [row for together, apart in parts.values() for row in (*together, *apart)]
+        moving, saved = [row[0] for row in rows], [row[2] for row in rows]
+        self._refuse_fused_update(moving)
         if moving:
             torch._foreach_copy_(saved, moving)
         # Complete before the first change, so that an interrupt anywhere from here on can be undone.
         self._saved = (moving, saved)
-        for radius, (here, _, along) in shards.items():
-            _climb(here, along, direction.sign * radius, norm)
+        for radius, (together, apart) in parts.items():
+            add_along(together, apart, direction.sign * radius, norm)
+        self.moved = [p for p, radius in zip(params, radii, strict=True) if radius > 0]
         half = any(p.dtype in HALF for p in moving)
-        self.applied = _applied(shards, direction.sign, norm) if half else None
+        self.applied = _applied(moves, direction.sign, norm) if half else None
         if direction.first_pass:
-            for group in groups:
-                for p in group["params"]:
-                    p.grad = None
+            for p in self._trainable():
+                p.grad = None
+        self._note_ascent()
         # An enclosing autocast region would go on using its half-precision casts of the old weights.
         torch.clear_autocast_cache()
         return norm
@@ -195,14 +146,23 @@ class Perturbation:
             torch._foreach_copy_(moving, saved)
         self._saved = None
         torch.clear_autocast_cache()
+        self._forget_spent_gradients()
+        largest = max((p for p in self.moved if p.grad is not None), key=Tensor.numel, default=None)
+        if largest is not None and self._step_hook is not None:  # without, nobody says when they have been used
+            self._spent = GradientRecord([largest])
 
     @contextmanager
     def perturbed(
-        self, rho: float | Sequence[float], direction: Direction | None = None, *, adaptive: bool = False
+        self,
+        rho: float | Sequence[float],
+        direction: Direction | None = None,
+        *,
+        adaptive: bool = False,
+        only: Collection[Tensor] | None = None,
     ) -> Iterator[Tensor]:
         """`ascend` on entry, `restore` on exit, also when the body raises. Yields the norm."""
         try:
-            yield self.ascend(rho, direction, adaptive=adaptive)
+            yield self.ascend(rho, direction, adaptive=adaptive, only=only)
         finally:
             try:
                 self.restore()
@@ -210,50 +170,121 @@ class Perturbation:
                 self.restore()  # where Ctrl-C cut the first call short
 
     def release(self) -> None:
-        """Restore and free the saved copy."""
+        """Restore and free what is kept between steps."""
         self.restore()
+        self._forget_spent_gradients()
+        if self._step_hook is not None:
+            self._step_hook.remove()
+            self._step_hook = None
         self._buffers.clear()
+        self.moved = []
+
+    # ---- what moves ----
+
+    def _radii(self, rho: float | Sequence[float]) -> list[float]:
+        groups = self.optimizer.param_groups
+        several = isinstance(rho, Sequence) and not isinstance(rho, str)
+        radii = list(rho) if several else [rho] * len(groups)  # type: ignore[arg-type]
+        if len(radii) != len(groups):
+            raise ValueError(
+                f"rho={rho!r} has {len(radii)} radii for {len(groups)} parameter groups; give one for each"
+            )
+        return [check_radius(radius) for radius in radii]
+
+    def _trainable(self) -> list[Tensor]:
+        return [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
+
+    def _vectors(
+        self, direction: Direction, radii: list[float], only: Collection[Tensor] | None
+    ) -> tuple[list[Tensor], list[Tensor], list[float]]:
+        """The parameters that have a vector to move along, their vectors and their radii."""
+        chosen = None if only is None else set(only)  # `in` a list would compare elements
+        found = [
+            (p, vector, radius)
+            for group, radius in zip(self.optimizer.param_groups, radii, strict=True)
+            for p in group["params"]
+            if p.requires_grad and (chosen is None or p in chosen) and (vector := direction(p)) is not None
+        ]
+        if not found:
+            if direction.first_pass and all(p.grad is None for p in self._trainable()):
+                raise RuntimeError("no parameter has a gradient to ascend along; call loss.backward() first")
+            return [], [], []
+        for p, vector, _ in found:
+            check_vector(vector, p)
+        params, vectors, per_parameter = zip(*found, strict=True)
+        return list(params), list(vectors), list(per_parameter)
 
     def _buffer(self, p: Tensor) -> Tensor:
-        buffer, shard = self._buffers.get(p), local(p)
-        if buffer is None or any(getattr(buffer, a) != getattr(shard, a) for a in ("shape", "dtype", "device")):
-            buffer = self._buffers[p] = torch.empty_like(shard, requires_grad=False)
+        buffer = self._buffers[p] = copy_of(self._buffers.get(p), shard(p))
         return buffer
 
+    def _refuse_fused_update(self, moving: list[Tensor]) -> None:
+        """Torch's own fused optimizers would write beside a slice after we have been careful not to."""
+        if all(dense_order(p) is not None for p in moving):
+            return
+        optimizer = innermost(self.optimizer)
+        if not type(optimizer).__module__.startswith("torch.optim."):
+            return
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                if group.get("fused") and dense_order(shard(p)) is None:
+                    raise RuntimeError(
+                        f"{type(optimizer).__name__} with fused=True ignores the strides of a parameter of shape "
+                        f"{tuple(p.shape)} that is a slice of another tensor, and would write beside it; "
+                        "set fused=False (optim='adamw_torch'), or make the parameter contiguous"
+                    )
 
-def _climb(params: list[Tensor], gradients: list[Tensor], rho: float, norm: Tensor) -> None:
-    """params += rho · gradients / norm, or nothing if norm is 0 or not finite, without asking the host."""
-    scale = rho / norm  # infinite for a norm of 0, and for one so small that the climb would overflow
-    blocked = ~(torch.isfinite(scale) & torch.isfinite(norm))
-    if all(_has_fused_sgd(p) for p in params):
-        # One read of p and g and one write of p: SGD's fused kernel with rate -rho/norm, which leaves the
-        # weights alone where found_inf is set (a zero scale would not: 0 · inf is NaN).
-        rate = -scale if norm.device.type == "cpu" else -scale.float()  # the others read a float32
-        sgd(
-            params, gradients, [None] * len(params), fused=True, found_inf=blocked.float(),
-            lr=rate,  # type: ignore[arg-type]  # the fused kernel reads a tensor
-            weight_decay=0.0, momentum=0.0, dampening=0.0, nesterov=False, maximize=False,
-        )  # fmt: skip
-    else:
-        scale = torch.where(blocked, 0.0, scale)
-        for p, g in zip(params, gradients, strict=True):
-            p.add_(torch.where(blocked.to(p.device), 0, g) * scale.to(p.device))
+    # ---- what is known of the optimizer's steps ----
+
+    def _note_ascent(self) -> None:
+        optimizer = innermost(self.optimizer)
+        if hasattr(optimizer, "note_ascent"):
+            optimizer.note_ascent(self)
+        if self._step_hook is None and isinstance(optimizer, Optimizer):
+            this = weakref.ref(self)  # so that the optimizer does not keep the saved weights
+
+            def on_step(*_: Any) -> None:
+                perturbation = this()
+                if perturbation is not None:
+                    perturbation._forget_spent_gradients()
+
+            self._step_hook = optimizer.register_step_post_hook(on_step)
+
+    def _refuse_spent_gradients(self) -> None:
+        if self._spent is not None and self._spent.uncleared():
+            raise RuntimeError(
+                "the gradients at w are mixed with those of the last second pass, since neither step() nor zero_grad() "
+                "came between two ascents; to accumulate over micro-batches, take all first passes, then all second "
+                "passes inside one `perturbed()`"
+            )
+        self._forget_spent_gradients()
+
+    def _forget_spent_gradients(self) -> None:
+        if self._spent is not None:
+            self._spent.close()
+            self._spent = None
 
 
-def _applied(shards: Mapping[float, tuple[list[Tensor], ...]], sign: float, norm: Tensor) -> Tensor:
+Row = tuple[Tensor, Tensor, Tensor]  # parameter, vector, saved copy
+
+
+def _relative_to_weights(params: list[Tensor], vectors: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """(T²s, ‖Ts‖₂) for the vectors s, with T = |w| + 0.01."""
+    sizes = [p.abs().add_(ASAM_ETA) for p in params]
+    scaled = list(torch._foreach_mul(sizes, vectors))
+    norm = gradient_norm(scaled)
+    torch._foreach_mul_(scaled, sizes)
+    return scaled, norm
+
+
+def _applied(moves: Mapping[float, list[Row]], sign: float, norm: Tensor) -> Tensor:
     """⟨δ', δ⟩/‖δ‖² with δ' = what the parameters moved by and δ = radius · vector / norm."""
     wide = torch.float64 if norm.device.type == "cpu" else torch.float32
     moved = wanted = torch.zeros((), dtype=wide, device=norm.device)
-    for radius, lists in shards.items():
-        for p, before, vector in zip(*lists, strict=True):
+    for radius, rows in moves.items():
+        for p, vector, before in rows:
             delta = vector.float() * (sign * radius / norm).to(vector.device)
             moved = moved + ((p.float() - before.float()) * delta).sum().to(norm.device)
             wanted = wanted + delta.square().sum().to(norm.device)
     share = moved / wanted
     return torch.where(torch.isfinite(share), share, 1.0)  # nothing was to move, so nothing was lost
-
-
-def _has_fused_sgd(p: Tensor) -> bool:
-    # Up to torch 2.13 the CPU kernel leaves float16 and bfloat16 weights as they are, and says nothing.
-    exact = p.dtype in (torch.float32, torch.float64) or (p.is_floating_point() and p.device.type != "cpu")
-    return exact and p.device.type in _get_fused_kernels_supported_devices()

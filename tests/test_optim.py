@@ -164,7 +164,7 @@ def test_closure_is_called_once_at_radius_zero():
 def test_tensor_learning_rate(name):
     def run(lr):
         p = nn.Parameter(torch.linspace(-1, 1, 7, dtype=torch.float64))
-        optimizer = AdaSAM([p], lr=lr, **IMPLEMENTATIONS[name])
+        optimizer = AdaSAM([p], lr=lr, rho=0.0, **IMPLEMENTATIONS[name])
         for _ in range(3):
             p.grad = p.detach() * 2 + 1
             optimizer.step()
@@ -176,7 +176,7 @@ def test_tensor_learning_rate(name):
 
 def test_composes_with_schedulers():
     p = nn.Parameter(torch.ones(1, dtype=torch.float64))
-    optimizer = AdaSAM([p], lr=1.0, betas=(0.0, 0.0), eps=1e-3)
+    optimizer = AdaSAM([p], lr=1.0, betas=(0.0, 0.0), eps=1e-3, rho=0.0)
     scheduler = torch.optim.lr_scheduler.SequentialLR(
         optimizer,
         [
@@ -288,13 +288,74 @@ def test_step_refuses_perturbed_weights():
         ("eps", -1e-6),
         ("eps", 1e-30),  # its square is 0 in float32
         ("weight_decay", -0.1),
+        ("rho", None),
+        ("rho", 1j),
+        ("rho", torch.tensor(0.05)),
+        ("rho", np.array([0.05])),
+        ("rho", np.bool_(True)),
+        ("lr", "1e-3"),
+        ("lr", None),
+        ("lr", True),
+        ("lr", torch.tensor(-1.0)),
+        ("betas", None),
+        ("betas", 0.9),
+        ("betas", (0.9,)),
+        ("betas", (0.9, 0.98, 0.99)),
+        ("betas", ("0.9", "0.98")),
+        ("betas", "99"),
+        ("betas", (0.9, None)),
+        ("betas", (0.9, float("nan"))),
+        ("betas", (False, 0.9)),
+        ("eps", None),
+        ("eps", "1e-6"),
+        ("eps", float("inf")),
+        ("weight_decay", "0"),
+        ("weight_decay", None),
+        ("weight_decay", False),
+        ("foreach", "yes"),
+        ("foreach", 1),
+        ("fused", "no"),
     ],
 )
 def test_bad_values_are_named(name, value):
-    with pytest.raises(ValueError, match=name):
-        AdaSAM([nn.Parameter(torch.ones(2))], **{name: value})
-    with pytest.raises(ValueError, match=name):
-        AdaSAM([{"params": [nn.Parameter(torch.ones(2))], name: value}])
+    """In one sentence with the value, wherever it comes in."""
+    optimizer = AdaSAM([nn.Parameter(torch.ones(2))])
+    calls = [
+        lambda: AdaSAM([nn.Parameter(torch.ones(2))], **{name: value}),
+        lambda: AdaSAM([{"params": [nn.Parameter(torch.ones(2))], name: value}]),
+        lambda: optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], name: value}),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=f"{name}[= ]") as error:
+            call()
+        assert "\n" not in str(error.value)
+        assert isinstance(value, torch.Tensor) or repr(value) in str(error.value)
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("kind", [np.float64, np.float32, np.float16, np.int64, int])
+def test_numbers_of_numpy_are_numbers(kind):
+    values = {"lr": kind(1), "betas": (kind(0), kind(0)), "eps": kind(1), "weight_decay": kind(0), "rho": kind(2)}
+    p = nn.Parameter(torch.ones(2))
+    optimizer = AdaSAM([p], **values)
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], **values})
+    for group in (*optimizer.param_groups, optimizer.defaults):
+        numbers = [group["lr"], *group["betas"], group["eps"], group["weight_decay"], group["rho"]]
+        assert numbers == [1.0, 0.0, 0.0, 1.0, 0.0, 2.0]
+        assert all(type(number) is float for number in numbers)
+    p.grad = torch.tensor([3.0, 4.0])
+    with optimizer.perturbed():
+        torch.testing.assert_close(p.detach(), torch.tensor([1 + 2 * 0.6, 1 + 2 * 0.8]))
+
+
+def test_a_radius_that_is_set_later_is_checked_at_the_ascent():
+    p = nn.Parameter(torch.ones(2))
+    optimizer = AdaSAM([p])
+    p.grad = torch.ones(2)
+    optimizer.param_groups[0]["rho"] = "0.1"
+    with pytest.raises(ValueError, match=r"rho='0\.1'"):
+        optimizer.ascend()
+    assert torch.equal(p, torch.ones(2)) and p.grad is not None
 
 
 def test_epsilon_must_not_underflow_in_half_precision():
@@ -302,11 +363,59 @@ def test_epsilon_must_not_underflow_in_half_precision():
         AdaSAM([nn.Parameter(torch.ones(2, dtype=torch.float16))], eps=1e-6)
 
 
+@pytest.mark.parametrize("steps_before", [0, 1])
+@pytest.mark.parametrize("eps", [1e-6, 1e-2])
+def test_half_after_construction(eps, steps_before):
+    model = nn.Linear(3, 1)
+    optimizer = AdaSAM(model.parameters(), lr=0.01, eps=eps, rho=0.0)
+    for _ in range(steps_before):
+        model(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.half()
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    before = [p.detach().clone() for p in model.parameters()]
+    if eps == 1e-2 and not steps_before:  # the control: this is as if it had been half from the start
+        optimizer.step()
+        assert all(torch.isfinite(p).all() for p in model.parameters())
+        return
+    error, words = (
+        (ValueError, "eps=1e-06 is too small for torch.float16") if eps == 1e-6 else (RuntimeError, "float32; c")
+    )
+    with pytest.raises(error, match=words):
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_a_checkpoint_in_float32_for_half_precision_weights():
+    """Loading casts v̂, which then holds an underflown ε²."""
+    p, q = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2).half())
+    saved, loaded = AdaSAM([p], rho=0.0), AdaSAM([q], rho=0.0, eps=1e-2)
+    p.grad, q.grad = torch.tensor([0.0, 1.0]), torch.tensor([0.0, 1.0]).half()
+    saved.step()
+    loaded.load_state_dict(saved.state_dict())
+    with pytest.raises(ValueError, match=r"eps=1e-06 is too small for torch\.float16"):
+        loaded.step()
+    assert torch.equal(q, torch.ones(2).half())
+
+
+def test_state_of_another_shape_is_refused():
+    p, q = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(200))
+    saved, loaded = AdaSAM([p], rho=0.0), AdaSAM([q], rho=0.0)
+    p.grad, q.grad = torch.ones(2), torch.ones(200)
+    saved.step()
+    loaded.load_state_dict(saved.state_dict())
+    with pytest.raises(RuntimeError, match=r"shape \(200,\) meets a tensor of shape \(2,\)"):
+        loaded.step()
+    assert torch.equal(q, torch.ones(200))
+
+
 def test_unsupported_parameters_are_refused():
     with pytest.raises(ValueError, match="complex64"):
         AdaSAM([nn.Parameter(torch.ones(2, dtype=torch.complex64))])
     embedding = nn.Embedding(4, 2, sparse=True)
-    optimizer = AdaSAM(embedding.parameters())
+    optimizer = AdaSAM(embedding.parameters(), rho=0.0)
     embedding(torch.tensor([1])).sum().backward()
     with pytest.raises(RuntimeError, match="sparse=False"):
         optimizer.step()

@@ -1,6 +1,7 @@
 import signal
 import threading
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -9,14 +10,15 @@ from oracle import Oracle
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from adasam_hf import AdaSAM, Perturbation, perturbation
+from adasam_hf import AdaSAM, Perturbation, kernels
+from adasam_hf.directions import Gradient, Last, Momentum, PreviousAscent
 
 OPTIMIZERS = {
     "SGD": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
     "AdamW": lambda p: torch.optim.AdamW(p, lr=0.1),
     "Adadelta": lambda p: torch.optim.Adadelta(p, lr=0.1),  # its groups have a "rho" that is none of ours
     "Adafactor": lambda p: torch.optim.Adafactor(p, lr=0.1),
-    "AdaSAM": lambda p: AdaSAM(p, lr=0.1),
+    "AdaSAM": lambda p: AdaSAM(p, lr=0.1, rho=0.0),
 }
 LOOP = "devices without fused kernels"
 
@@ -25,7 +27,7 @@ LOOP = "devices without fused kernels"
 def climb(request, monkeypatch):
     """Both ways of climbing."""
     if request.param == LOOP:
-        monkeypatch.setattr(perturbation, "_get_fused_kernels_supported_devices", list)
+        monkeypatch.setattr(kernels, "_get_fused_kernels_supported_devices", list)
     return request.param
 
 
@@ -154,13 +156,24 @@ def test_groups_added_later_are_seen():
 def test_the_host_never_waits():
     """Fake tensors have no values: any `.item()`, `bool()` or `if` on one raises, as the last line shows."""
     with FakeTensorMode():
-        p = nn.Parameter(torch.ones(3))
+        p, q = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(4, 5)[:, :2])
         optimizer = AdaSAM([p])
-        p.grad = torch.ones(3)
-        norm = optimizer.ascend()
-        optimizer.restore()
-        p.grad = torch.ones(3)
-        optimizer.step()
+
+        def backward():
+            p.grad = torch.ones(3)
+
+        for _ in range(2):
+            backward()
+            norm = optimizer.ascend()
+            backward()
+            optimizer.restore()
+            optimizer.step()
+            optimizer.zero_grad()
+            optimizer.step(backward)
+        with Perturbation(optimizer).perturbed([0.1], Momentum(optimizer), adaptive=True):
+            pass
+        q.grad = torch.ones(4, 2)
+        Perturbation(torch.optim.SGD([q], lr=0.1)).ascend(0.1)
         with pytest.raises(DataDependentOutputException):
             norm.item()
 
@@ -187,12 +200,12 @@ def test_restored_after_an_interrupt_at_any_instant():
     generator = np.random.default_rng(0)
     try:
         while interrupted < 150 and time.monotonic() < deadline:
-            for p in params:
-                p.grad = torch.ones_like(p)
             timer = threading.Timer(generator.uniform(0, 0.002), signal.pthread_kill, (main, signal.SIGINT))
             try:
                 timer.start()
                 while True:
+                    for p in params:
+                        p.grad = torch.ones_like(p)
                     with optimizer.perturbed():
                         for p in params:
                             p.grad = torch.ones_like(p)
@@ -253,4 +266,238 @@ def test_the_saved_copy_is_kept_and_can_be_released():
             pointers.append([b.data_ptr() for b in handle._buffers.values()])
     assert pointers[0] == pointers[1]
     handle.release()
-    assert not handle._buffers
+    assert not handle._buffers and not handle.moved
+
+
+def test_the_former_name_of_the_previous_ascent():
+    assert Last is PreviousAscent
+
+
+# ---- who moves ----
+
+
+@pytest.mark.parametrize("how", ["at the ascent", "at construction"])
+def test_only_the_chosen_move_and_count(climb, how):
+    params = parameters()
+    optimizer = torch.optim.SGD(params, lr=0.1)
+    before, gradients = bits(params), [p.grad.clone() for p in params]
+    handle = Perturbation(optimizer, only=iter(params[:1]) if how == "at construction" else None)
+    with handle.perturbed(0.3, only=params[:1] if how == "at the ascent" else None) as norm:
+        assert norm.item() == pytest.approx(gradients[0].norm().item(), rel=1e-14)
+        torch.testing.assert_close(params[0].detach(), before[0] + 0.3 * gradients[0] / gradients[0].norm())
+        assert same(before[1:], params[1:])
+        assert handle.moved == params[:1]
+        assert all(p.grad is None for p in params)  # all of them are computed again
+    # Another choice at the next ascent, which goes before that of the construction.
+    for p, g in zip(params, gradients, strict=True):
+        p.grad = g
+    with handle.perturbed(0.3, only=params[1:]):
+        assert same(before[:1], params[:1]) and not same(before[1:2], params[1:2])
+    # The control: all.
+    for p, g in zip(params, gradients, strict=True):
+        p.grad = g
+    with Perturbation(optimizer).perturbed(0.3) as norm:
+        assert norm.item() > 1.05 * gradients[0].norm().item()
+
+
+def test_a_choice_out_of_reach_moves_nothing():
+    params = parameters()
+    optimizer = AdaSAM(params)
+    before = bits(params)
+    handle = Perturbation(optimizer)
+    for only in ([], [nn.Parameter(torch.ones(2))]):
+        for p in params:
+            p.grad = torch.ones_like(p)
+        with handle.perturbed(0.3, only=only) as norm:
+            assert norm.item() == 0 and not handle.moved
+        assert same(before, params)
+        assert all(p.grad is None for p in params)
+    with pytest.raises(RuntimeError, match="no parameter has a gradient"):  # the control: nobody called backward
+        handle.ascend(0.3)
+
+
+@pytest.mark.parametrize("kind", ["gradient", "momentum", "previous"])
+def test_what_is_frozen_in_mid_run_neither_moves_nor_counts(climb, kind):
+    params = parameters()
+    optimizer = torch.optim.SGD(params, lr=0.1, momentum=0.9)
+    optimizer.step()  # so that there is momentum
+    direction = {"gradient": Gradient, "momentum": Momentum, "previous": PreviousAscent}[kind](optimizer)
+    if kind == "previous":
+        direction.remember(Gradient(optimizer))
+    handle = Perturbation(optimizer)
+    vectors = [direction.sign * direction(p).clone() for p in params]
+    before = bits(params)
+    params[1].requires_grad_(False)
+    moving = [vectors[0], vectors[2]]
+    norm = torch.cat([v.reshape(-1) for v in moving]).norm()
+    with handle.perturbed(0.5, direction) as got:
+        assert got.item() == pytest.approx(norm.item(), rel=1e-14)
+        assert same(before[1:2], params[1:2])
+        for i in (0, 2):
+            torch.testing.assert_close(params[i].detach(), before[i] + 0.5 * vectors[i] / norm)
+        assert [id(p) for p in handle.moved] == [id(params[0]), id(params[2])]
+    assert params[1].grad is not None  # the update takes it, as torch's would
+    params[1].requires_grad_(True)  # thawed again: the control
+    params[0].grad = vectors[0]
+    with handle.perturbed(0.5, direction):
+        assert not same(before[1:2], params[1:2])
+
+
+# ---- gradients of the second pass, which no ascent may take ----
+
+
+def regression():
+    torch.manual_seed(0)
+    model = nn.Linear(3, 1).double()
+    x = torch.randn(4, 2, 3, dtype=torch.float64)
+    return model, lambda i: model(x[i]).square().mean()
+
+
+CLEAR = {
+    "zero_grad()": lambda model, optimizer: optimizer.zero_grad(),
+    "zero_grad(set_to_none=False)": lambda model, optimizer: optimizer.zero_grad(set_to_none=False),
+    "model.zero_grad(set_to_none=False)": lambda model, optimizer: model.zero_grad(set_to_none=False),
+    "zero_()": lambda model, optimizer: [p.grad.zero_() for p in model.parameters()],
+    "other tensors": lambda model, optimizer: [setattr(p, "grad", torch.zeros_like(p)) for p in model.parameters()],
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("again", [0, 1, 2])
+def test_accumulating_with_an_ascent_for_each_micro_batch_is_refused(name, again):
+    model, loss = regression()
+    optimizer = OPTIMIZERS[name](model.parameters())
+    handle = Perturbation(optimizer)
+    loss(0).backward()
+    with handle.perturbed(0.1):
+        loss(0).backward()
+    before = bits(model.parameters())
+    for _ in range(again):
+        loss(1).backward()
+    with pytest.raises(RuntimeError, match=r"neither step\(\) nor zero_grad\(\) came between"):
+        handle.ascend(0.1)
+    assert same(before, model.parameters()) and not handle.active
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("clear", CLEAR)
+def test_a_step_that_was_left_out(name, clear):
+    """As GradScaler does where the second pass overflows: the gradients are cleared, the next ascent is right."""
+    model, loss = regression()
+    optimizer = OPTIMIZERS[name](model.parameters())
+    handle = Perturbation(optimizer)
+    loss(0).backward()
+    with handle.perturbed(0.1):
+        loss(0).backward()
+    CLEAR[clear](model, optimizer)
+    loss(1).backward()
+    gradients, before = [p.grad.clone() for p in model.parameters()], bits(model.parameters())
+    norm = torch.cat([g.reshape(-1) for g in gradients]).norm()
+    with handle.perturbed(0.1):
+        for p, w, g in zip(model.parameters(), before, gradients, strict=True):
+            torch.testing.assert_close(p.detach(), w + 0.1 * g / norm)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_step_uses_them_up(name):
+    """Gradients that are not cleared after a step are a mistake of another kind, and the same without an ascent."""
+    model, loss = regression()
+    optimizer = OPTIMIZERS[name](model.parameters())
+    handle = Perturbation(optimizer)
+    for _ in range(2):
+        loss(0).backward()
+        with handle.perturbed(0.1):
+            loss(0).backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("clear", CLEAR)
+def test_with_a_gradient_scaler_that_skips(clear):
+    model, loss = regression()
+    optimizer = AdaSAM(model.parameters(), rho=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    before = bits(model.parameters())
+    for factor in (float("inf"), 1.0):
+        scaler.scale(loss(0)).backward()
+        with optimizer.perturbed():
+            scaler.scale(loss(0) * factor).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        assert same(before, model.parameters()) == (factor != 1.0)
+        CLEAR[clear](model, optimizer)
+    scaler.scale(loss(0)).backward()
+    with optimizer.perturbed():
+        scaler.scale(loss(0) * float("inf")).backward()
+    scaler.step(optimizer)
+    scaler.scale(loss(0)).backward()
+    with pytest.raises(RuntimeError, match="neither step"):  # the control: skipped and not cleared
+        optimizer.ascend()
+
+
+@pytest.mark.parametrize("bucket_view", [False, True])
+def test_accumulating_under_ddp(bucket_view):
+    """DistributedDataParallel changes gradients in place and may put the same tensors there again."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model, _ = regression()
+        model = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=bucket_view)
+        x = torch.randn(2, 3, dtype=torch.float64)
+        optimizer = AdaSAM(model.parameters(), rho=0.1)
+        for clear in CLEAR.values():
+            model(x).square().mean().backward()
+            with optimizer.perturbed():
+                model(x).square().mean().backward()
+            clear(model, optimizer)
+        for _ in range(3):
+            model(x).square().mean().backward()
+            with optimizer.perturbed():
+                model(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        model(x).square().mean().backward()
+        with optimizer.perturbed():
+            model(x).square().mean().backward()
+        model(x).square().mean().backward()
+        with pytest.raises(RuntimeError, match="neither step"):
+            optimizer.ascend()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_second_passes_of_many_micro_batches_add_up():
+    model, loss = regression()
+    handle = Perturbation(torch.optim.SGD(model.parameters(), lr=0.1))
+    for _ in range(2):
+        for i in range(3):
+            (loss(i) / 3).backward()
+        with handle.perturbed(0.1):
+            for i in range(3):
+                (loss(i) / 3).backward()
+        handle.optimizer.step()
+        handle.optimizer.zero_grad()
+
+
+def test_nothing_stays_behind():
+    """Neither the optimizer nor the parameters keep a perturbation, with its copy of the weights."""
+    model, loss = regression()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    handle = Perturbation(optimizer)
+    loss(0).backward()
+    with handle.perturbed(0.1):
+        loss(0).backward()
+    copies = [weakref.ref(b) for b in handle._buffers.values()]
+    assert all(copy() is not None for copy in copies)
+    del handle
+    assert not any(copy() is not None for copy in copies)
+    loss(0).backward()  # with hooks that have nobody to tell
+    optimizer.step()
+
+    handle = Perturbation(optimizer)
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss(0).backward()
+        with handle.perturbed(0.1):
+            loss(0).backward()
+    handle.release()
+    assert len(optimizer._optimizer_step_post_hooks) == 1  # of the first one
+    assert not any(p._backward_hooks for p in list(model.parameters())[1:])
