@@ -3,7 +3,7 @@
 import copy
 import difflib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args
 
@@ -47,11 +47,11 @@ WHOLE_NUMBERS = {
     "sam_interval": "a whole number >= 1; 1 ascends in every step",
     "sam_ascent_min_rows": "a whole number >= 1; use 2 or more where the loss needs several rows",
 }
-CHOICES = {
+CHOICES: dict[str, Collection[str]] = {
     "sam_scope": get_args(Scope),
     "sam_dropout": get_args(Dropout),
-    "sam_preset": tuple(PRESETS),
-    "sam_direction": tuple(DIRECTIONS),
+    "sam_preset": PRESETS,
+    "sam_direction": DIRECTIONS,
     "sam_rho_schedule": SHAPES,
 }
 TRUTH_VALUES = ("sam_sync", "sam_adaptive", "sam_reuse")
