@@ -10,8 +10,9 @@ from torch.optim import Optimizer
 from transformers import Trainer
 
 from . import __version__
+from .directions import innermost
 from .optim import AdaSAM
-from .plan import base_radii, unwrapped
+from .plan import base_radii
 from .schedule import Schedule
 from .synchronization import ascends_per_process
 from .training_args import SGD_NAMES, SharpnessAwareArgumentsMixin
@@ -79,7 +80,7 @@ def complete(path: Path, args: SharpnessAwareArgumentsMixin, optimizer: Optimize
     nothing."""
     if not path.exists():  # sentence-transformers goes on without a card if it fails to make one
         return
-    used = unwrapped(optimizer)
+    used = innermost(optimizer)
     entries = "".join(f"- {key}: {value}\n" for key, value in _entries(args, used, rho).items())
     # Without the section that an earlier call or run has left.
     text = re.sub(rf"^{HEADING}.*?(?=^#+ |\Z)", "", path.read_text(encoding="utf-8"), flags=re.M | re.S)

@@ -6,8 +6,8 @@ from accelerate import Accelerator
 from torch import nn
 from torch.optim import Optimizer
 
-from .directions import DIRECTIONS
-from .perturbation import local_part
+from .directions import DIRECTIONS, innermost
+from .perturbation import shard
 from .synchronization import ascends_per_process
 from .training_args import SharpnessAwareArgumentsMixin
 
@@ -28,7 +28,7 @@ def describe(
         chosen: the parameters that may move; None for all.
         ascent_share: the share of the first optimizer step's rows that the ascent sees; None if not known yet.
     """
-    name = type(getattr(optimizer, "optimizer", optimizer)).__name__  # Accelerate wraps it
+    name = type(innermost(optimizer)).__name__
     if not any(radii):
         return f"{name} with sam_rho=0: plain steps, one forward/backward per micro-batch and no ascent"
     groups = optimizer.param_groups
@@ -37,14 +37,14 @@ def describe(
         moving = list(set(moving) & set(chosen))
     which = "" if chosen is None else f" (sam_parameters={args.sam_parameters})"
     total = sum(p.numel() for p in model.parameters())
-    held = [sum(local_part(p).numel() * p.element_size() for p in moving)]
+    held = [sum(shard(p).numel() * p.element_size() for p in moving)]
     copies = ["a copy of them"]
     if args.sam_reuse:
         held.append(held[0])
         copies.append("the last gradient")
     if args.sam_scope == "microbatch" and args.gradient_accumulation_steps > 1 and _ascends(args):
         trained = {p for group in groups for p in group["params"] if p.requires_grad}
-        held.append(sum(local_part(p).numel() * p.element_size() for p in trained))
+        held.append(sum(shard(p).numel() * p.element_size() for p in trained))
         copies.append("the gradient of the micro-batches before")
     each = " on each process" if args.world_size > 1 else ""
     return (

@@ -6,7 +6,7 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers.utils import logging
 
-from .directions import DIRECTIONS, Direction, PreviousAscent
+from .directions import DIRECTIONS, Direction, PreviousAscent, innermost
 from .optim import AdaSAM
 from .parameters import choose_parameters, optimized
 from .schedule import PeakRates
@@ -16,18 +16,13 @@ from .window import StepPlan
 logger = logging.get_logger(__name__)
 
 
-def unwrapped(optimizer: Optimizer) -> Optimizer:
-    """The optimizer that updates, out of Accelerate's wrapper."""
-    return getattr(optimizer, "optimizer", optimizer)
-
-
 def base_radii(args: SharpnessAwareArgumentsMixin, optimizer: Optimizer) -> list[float]:
     """The radius of each parameter group, before any schedule.
 
     That of the arguments; where `sam_rho` is unset, an `AdaSAM` in use brings its own.
     """
     groups = getattr(optimizer, "param_groups", [{}])  # DeepSpeed may put a dummy there
-    if args.sam_rho is None and args.optim not in RADIUS_ZERO and isinstance(unwrapped(optimizer), AdaSAM):
+    if args.sam_rho is None and args.optim not in RADIUS_ZERO and isinstance(innermost(optimizer), AdaSAM):
         return [group["rho"] for group in groups]
     return [args.resolved_rho] * len(groups)
 
@@ -48,6 +43,8 @@ class Planner:
         self.args, self._model, self._optimizer = args, model, optimizer
         self.own_direction = DIRECTIONS[args.resolved_direction](optimizer)
         self.previous = PreviousAscent(optimizer)
+        if isinstance(adasam := innermost(optimizer), AdaSAM):
+            adasam.warn_without_ascent = False  # here that is reported with its reasons
         self._peak_rates = PeakRates()
 
     @property
@@ -57,7 +54,7 @@ class Planner:
 
     def settle_radii(self) -> None:
         """Write the radii of the arguments into an `AdaSAM` that was given, or loaded, with others."""
-        adasam = unwrapped(self._optimizer)
+        adasam = innermost(self._optimizer)
         if isinstance(adasam, AdaSAM):
             for group, rho in zip(adasam.param_groups, self.radii, strict=True):
                 if group["rho"] != rho:
@@ -85,7 +82,7 @@ class Planner:
         step = min(step, total - 1)
         if step not in schedule.steps(total):
             return plain
-        if schedule.climbs(step, total) or (self.args.sam_reuse and not self.previous.vectors):
+        if schedule.ascends(step, total) or (self.args.sam_reuse and not self.previous.vectors):
             direction = self.own_direction
         elif self.args.sam_reuse:
             direction = self.previous

@@ -11,11 +11,12 @@ from transformers.utils import logging
 
 from . import counters
 from .description import describe
+from .directions import innermost
 from .interfaces import SharpnessAwareTrainer
 from .metrics import SKIPPED, StepMetrics
 from .monitor import RadiusMonitor
 from .optim import AdaSAM
-from .plan import Planner, unwrapped
+from .plan import Planner
 from .rows import choose_rows, is_paired
 from .step import TwoPassStep
 from .synchronization import Synchronization, ascends_per_process
@@ -183,7 +184,7 @@ class SharpnessAwareRun:
 
     def _introduce(self, trainer: SharpnessAwareTrainer, window: Window) -> None:
         args, radii, total = self.args, self.planner.radii, trainer.state.max_steps
-        used = unwrapped(trainer.optimizer)
+        used = innermost(trainer.optimizer)
         ours = args.package_optimizer()
         if ours and not isinstance(used, ours[0]):
             logger.warning(f"optim={args.optim} is not in use: the trainer was given a {type(used).__qualname__}")

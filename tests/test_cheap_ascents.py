@@ -233,12 +233,12 @@ def test_reentrant_checkpointing_is_refused(build):
     ],
 )
 def test_steps_that_climb(schedule, steps):
-    assert [t for t in range(10) if schedule.climbs(t, 10)] == list(steps)
+    assert [t for t in range(10) if schedule.ascends(t, 10)] == list(steps)
 
 
 def test_shares_that_floating_point_cannot_hold():
     for share, total, first in ((0.55, 100, 55), (0.07, 100, 7), (0.14, 50, 7), (0.7, 10, 7), (1 / 3, 100, 34)):
-        assert next(t for t in range(total) if Schedule(start=share).climbs(t, total)) == first
+        assert next(t for t in range(total) if Schedule(start=share).ascends(t, total)) == first
 
 
 @pytest.mark.parametrize("start", [0.0, 0.5])

@@ -22,7 +22,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from adasam_hf import AdaSAMTrainingArguments
-from adasam_hf.perturbation import local_part
+from adasam_hf.perturbation import shard
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 COMBINED = {"gradient_accumulation_steps": 2, "bf16": True, "max_grad_norm": 0.05}
@@ -180,7 +180,7 @@ class Record(TrainerCallback):
     def on_step_end(self, args, state, control, model, **kwargs):
         digest = hashlib.sha256()
         for p in model.parameters():
-            digest.update(local_part(p.detach()).contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(shard(p.detach()).contiguous().view(torch.uint8).numpy().tobytes())
         self.digests.append(digest.hexdigest())
         self.reductions.append(self.count)
         self.count = 0
