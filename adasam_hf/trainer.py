@@ -210,8 +210,9 @@ class SharpnessAwareTrainerMixin(ModelCardMixin, CompleteCheckpointsMixin, _Base
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As in Transformers, with the ``sam_*`` values beside the Trainer's own training loss."""
-        entries, self._log_entries = self._log_entries, {}
-        super().log(logs | entries, *args, **kwargs)
+        logs.update(self._log_entries)  # in place: the Trainer goes on with this dictionary
+        self._log_entries = {}
+        super().log(logs, *args, **kwargs)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """As in Transformers, for both passes."""

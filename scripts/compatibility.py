@@ -21,6 +21,8 @@ SCOPES = ("batch", "microbatch")
 REFUSED = "refused with an error"
 ORDER = [
     "Accumulation",
+    "Parameters",
+    "Steps that cannot be perturbed",
     "Precision",
     "Many processes",
     "Model features",
@@ -29,6 +31,7 @@ ORDER = [
     "Combinations",
     "Interruption",
     "Trainer behaviour",
+    "Logs",
     "Hyperparameter search",
 ]
 

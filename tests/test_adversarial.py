@@ -34,7 +34,7 @@ def trained(build, base, **more):
 @pytest.mark.parametrize(
     ("scope", "k"),
     [
-        pytest.param(scope, k, marks=pytest.mark.compat("Trainers", "adversarial training", scope=scope))
+        pytest.param(scope, k, marks=pytest.mark.compat("Trainer behaviour", "adversarial training", scope=scope))
         for scope, k in (("microbatch", 1), ("microbatch", 3), ("batch", 1))
     ],
 )
