@@ -60,6 +60,7 @@ def logs(text):
     return re.findall(r"\{'loss'.*?\}", text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [["classify"], ["summarize"], ["language_model"], ["own_step", "polite"]])
 def test_the_arguments_are_in_the_help(words):
     shown = launch(*words, "--help")
@@ -105,6 +106,7 @@ def first_frame(text):
     return next(line for line in lines if line.startswith("  File"))
 
 
+@pytest.mark.slow
 def test_exit_codes_and_tracebacks_are_the_scripts_own(tiny, out, tmp_path):
     job = [f"--model_name_or_path={tiny}", "--use_cpu", f"--output_dir={out}", "--do_eval", "--report_to=none"]
     assert launch("classify", *job).returncode == 3
@@ -130,17 +132,20 @@ def test_scripts_that_are_none(tmp_path):
     assert done.returncode == 2 and "python -m adasam_hf [FLAGS] SCRIPT" in done.stdout
 
 
+@pytest.mark.slow
 def test_sequence_to_sequence(out):
     done = launch("summarize", *training(out, "--predict_with_generate"))
     assert done.returncode == 0, done.stderr
     assert len(logs(done.stdout)) == 4 and all("'sam_gap'" in entry for entry in logs(done.stdout))
 
 
+@pytest.mark.slow
 def test_a_compute_loss_of_ones_own(out):
     done = launch("language_model", *training(out, "--gradient_accumulation_steps=2"))
     assert done.returncode == 0 and "passes=16 steps=4" in done.stdout, done.stderr  # 4 steps × 2 × 2 passes
 
 
+@pytest.mark.slow
 def test_a_training_step_of_ones_own(out):
     done = launch("own_step", "polite", *training(out))
     assert done.returncode == 0 and "calls=4" in done.stdout and "'sam_gap'" in done.stdout, done.stderr
@@ -173,6 +178,7 @@ def assert_card(out, own):
     assert "- optimizer: adasam (AdaSAM, arXiv:2303.00565" in card and "- sam_rho: 0.05\n" in card
 
 
+@pytest.mark.slow
 def test_trl(out):
     pytest.importorskip("trl", reason="trl, of the extra `test`, is not installed")
     done = launch("sft", resolve_path(MINILM), *training(out, "--max_length=32"))
@@ -181,6 +187,7 @@ def test_trl(out):
     assert len(logs(done.stdout)) == 4 and all("'sam_gap'" in entry for entry in logs(done.stdout))
 
 
+@pytest.mark.slow
 def test_sentence_transformers(out):
     pytest.importorskip("sentence_transformers", reason="sentence-transformers, of the extra `test`, is not installed")
     done = launch("embed", resolve_path(MINILM), *training(out))
@@ -189,6 +196,7 @@ def test_sentence_transformers(out):
     assert len(logs(done.stdout)) == 4 and all("'sam_gap'" in entry for entry in logs(done.stdout))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rho", [[], ["--optim=adasam", "--sam_rho=0.05"]])
 def test_setfit(out, rho):
     """Its inner trainer is sharpness-aware, and takes the flags before the script's name."""
@@ -225,6 +233,7 @@ elif sys.argv[1] == "exit":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["late", "stop", "exit"])
 def test_as_python_would_run_it(tmp_path, how):
     """A link to a script in another folder, called by a relative path: names, paths, ends and tracebacks."""
@@ -263,6 +272,7 @@ def warnings_of(*words, out, flags=()):
     return done.stdout, done.stderr
 
 
+@pytest.mark.slow
 def test_flags_that_do_not_reach_the_training_are_named(tmp_path):
     _, shown = warnings_of("--optim", "adasam", "--sam-rho=0.1", out=tmp_path)
     assert "did not reach this training" in shown and "sam_rho=None in place of 0.1" in shown
@@ -470,6 +480,7 @@ def test_child_processes_have_the_flags(tmp_path):
     assert done == plain
 
 
+@pytest.mark.slow
 def test_a_launcher_in_a_launched_program(tmp_path):
     """Flags add up, the hook is one, and only the outer launcher has a last word."""
     (tmp_path / "probe.py").write_text(PROBE)
