@@ -3,6 +3,7 @@
 
     python scripts/benchmark_step.py --model minilm --dtype float32     one table
     python scripts/benchmark_step.py --scan                             ratio against model and batch size, as a plot
+    python scripts/benchmark_step.py --against REVISION                 AdaSAM beside that of another commit
 
 All contenders share one model and see the same batches of real sentences. They take turns on each batch; a ratio is
 the median over the batches of (time of the contender / time of AdamW on that batch), with its quartiles. Peak memory is
@@ -11,14 +12,19 @@ that of a process of the contender's own. Writes results/benchmark_step/*.json, 
 
 import argparse
 import gc
+import importlib
+import io
 import re
 import statistics
 import subprocess
 import sys
+import tarfile
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from quickstart import read_sentences
@@ -26,7 +32,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, RobertaConfig
 from transformers.utils import logging
 
-from adasam_hf import AdaSAMTrainer, AdaSAMTrainingArguments
+import adasam_hf
 from adasam_hf.glue.data import resolve_path
 from adasam_hf.glue.record import provenance, write_json
 
@@ -100,12 +106,14 @@ def autocast(dtype: str):
     return torch.autocast("cpu", torch.bfloat16) if dtype == "bf16" else nullcontext()
 
 
-def ours(model: nn.Module, dtype: str, flags: dict) -> tuple[Callable, AdaSAMTrainer]:
+def ours(
+    model: nn.Module, dtype: str, flags: dict, package: ModuleType = adasam_hf
+) -> tuple[Callable, adasam_hf.AdaSAMTrainer]:
     """A whole optimizer step through the trainer."""
-    args = AdaSAMTrainingArguments(
+    args = package.AdaSAMTrainingArguments(
         output_dir="runs/benchmark_step", use_cpu=True, report_to="none", learning_rate=1e-6, **flags
     )
-    trainer = AdaSAMTrainer(model, args)
+    trainer = package.AdaSAMTrainer(model, args)
     trainer.current_gradient_accumulation_steps = 1
     trainer.create_optimizer()
 
@@ -177,6 +185,39 @@ def peer(name: str, model: nn.Module, dtype: str) -> Callable:
 
 def build(name: str, model: nn.Module, dtype: str) -> Callable:
     return ours(model, dtype, OURS[name])[0] if name in OURS else peer(name, model, dtype)
+
+
+def package_at(revision: str) -> ModuleType:
+    """This package as it was at a commit, under a name of its own."""
+    root = Path(__file__).resolve().parents[1]
+    archive = subprocess.run(["git", "archive", revision, "adasam_hf"], cwd=root, capture_output=True, check=True)
+    folder = Path(tempfile.mkdtemp())
+    with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as files:
+        files.extractall(folder, filter="data")
+    (folder / "adasam_hf").rename(folder / "adasam_hf_before")
+    sys.path.insert(0, str(folder))
+    return importlib.import_module("adasam_hf_before")
+
+
+def against(args) -> None:
+    """AdaSAM now and at another commit, beside AdamW; the ratio of the two on each batch, with its quartiles."""
+    model = build_model(args.model)
+    batches = build_batches(args.rounds + 2, args.batch_size, model.config.vocab_size)
+    flags = OURS["AdaSAM"]
+    steps = {
+        BASE: build(BASE, model, args.dtype),
+        "AdaSAM": ours(model, args.dtype, flags)[0],
+        "before": ours(model, args.dtype, flags, package_at(args.against))[0],
+    }
+    times = take_turns(steps, batches)
+    paired = [now / before for now, before in zip(times["AdaSAM"], times["before"], strict=True)]
+    low, middle, high = statistics.quantiles(paired, n=4)
+    record = {**provenance(), "model": args.model, "dtype": args.dtype, "batch_size": args.batch_size}
+    record |= {"against": args.against, "seconds": times, "ratios": ratios(times)}
+    record["now / before"] = {"ratio": middle, "low": low, "high": high}
+    write_json(args.output_dir / f"against-{args.model}-{args.dtype}.json", record)
+    print(f"{args.model}, {args.dtype}: now / {args.against}: {middle:.3f} (quartiles {low:.3f} to {high:.3f})")
+    print({name: f"{row['ratio']:.2f}" for name, row in record["ratios"].items()})
 
 
 def seconds(step: Callable, batch: dict) -> float:
@@ -332,6 +373,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--contenders", nargs="+", choices=[*OURS, *PEERS], help="all by default")
     parser.add_argument("--scan", action="store_true")
+    parser.add_argument("--against", metavar="REVISION", help="compare with the package at another commit")
     parser.add_argument("--output_dir", type=Path, default=OUTPUT)
     parser.add_argument("--only_memory", choices=[*OURS, *PEERS], help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -346,6 +388,8 @@ def main() -> None:
         print(int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024)
     elif args.scan:
         scan(args)
+    elif args.against:
+        against(args)
     else:
         compare(args)
 
