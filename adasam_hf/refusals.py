@@ -29,6 +29,11 @@ def _obstacle(trainer: SharpnessAwareTrainer) -> tuple[str, str] | None:
     name = str(getattr(args.optim, "value", args.optim))
     if "lomo" in name or "layerwise" in name:
         return f"optim={name!r}, which updates the weights inside backward", "choose another optimizer"
+    if args.resolved_direction == "momentum" and name.startswith(("galore", "apollo")):
+        return (
+            f"optim={name!r} along its momentum, which has another shape than the weights",
+            "use sam_direction='gradient' (sam_preset='full' or 'fast')",
+        )
     if kind is DistributedType.DEEPSPEED:
         return "DeepSpeed, whose engine updates the weights inside backward", _DDP
     if getattr(trainer, "is_distributed_loading_by_transformers", False):

@@ -23,6 +23,7 @@ def trainer(
         "gradient_accumulation_steps": 1,
         "gradient_checkpointing_kwargs": None,
         "sam_parameters": "all",
+        "resolved_direction": "gradient",
     }
     return SimpleNamespace(
         args=SimpleNamespace(world_size=world_size, n_gpu=n_gpu, **{**values, **flags}),
@@ -73,6 +74,10 @@ REFUSED = {
     "Megatron-LM": ({"kind": DistributedType.MEGATRON_LM, "world_size": 2}, "MEGATRON_LM"),
     "XLA": ({"kind": DistributedType.XLA, "world_size": 8}, "XLA"),
     "LOMO": ({"optim": OptimizerNames.LOMO}, "lomo"),
+    "GaLore and APOLLO along their momentum": (
+        {"optim": OptimizerNames.GALORE_ADAMW, "resolved_direction": "momentum"},
+        "galore_adamw.*another shape.*sam_direction='gradient'",
+    ),
     "layer-wise optimizers": ({"optim": OptimizerNames.GALORE_ADAMW_LAYERWISE}, "layerwise"),
 }
 
@@ -98,6 +103,8 @@ def test_what_is_not_shown_to_work_is_refused(case, problem):
     "case",
     [
         {},
+        {"optim": OptimizerNames.GALORE_ADAMW},
+        {"optim": "adasam", "resolved_direction": "momentum"},
         {"kind": MANY, "world_size": 2},
         {"kind": MANY, "world_size": 2, "sam_scope": "microbatch", "gradient_accumulation_steps": 2},
         {"kind": FSDP, "world_size": 2, "fsdp2": True, "gradient_accumulation_steps": 2},
