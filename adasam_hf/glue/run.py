@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import transformers
 import yaml
 from datasets import Dataset, DatasetDict
@@ -30,7 +31,7 @@ from ..sharpness import sam_gap
 from ..trainer import AdaSAMTrainer
 from ..training_args import AdaSAMTrainingArguments
 from .data import load_files, load_task, resolve_path
-from .metrics import make_compute_metrics, predictions_of
+from .metrics import Evaluation, predictions_of
 from .record import provenance, write_record
 from .tasks import TASKS, Task, get_task
 
@@ -98,6 +99,13 @@ class DataArguments:
             "ones), instead of the validation split: for choosing hyperparameters."
         },
     )
+    label_noise: float | None = field(
+        default=None,
+        metadata={
+            "help": "Give this share of the training rows another label, drawn by subset_seed (unset: 0). Rows that "
+            "are evaluated keep theirs."
+        },
+    )
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on the first so many rows only."})
     max_predict_samples: int | None = field(default=None, metadata={"help": "Predict the first so many rows only."})
     measure_gap: float | None = field(
@@ -130,6 +138,8 @@ class DataArguments:
                 raise ValueError(
                     f"{name}={value!r} must be at least 1" + ("" if name == "max_seq_length" else ", or unset")
                 )
+        if self.label_noise is not None and not 0 <= self.label_noise <= 1:
+            raise ValueError(f"label_noise={self.label_noise!r} must be a share in [0, 1], or unset; try 0.2")
         if self.measure_gap is not None and not 0 < self.measure_gap < float("inf"):
             raise ValueError(f"measure_gap={self.measure_gap!r} must be a finite radius > 0, or unset; try 0.05")
 
@@ -215,6 +225,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: GlueTraining
     set_seed(args.seed)
     model, tokenizer = _load_model(model_args, task, args.do_train)
     data = _tokenize(data, task, tokenizer, data_args, args)
+    compute_metrics = Evaluation(task.metrics, task.is_regression)
 
     trainer = AdaSAMTrainer(
         model=model,
@@ -223,13 +234,13 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: GlueTraining
         eval_dataset=data[task.evaluations[0][0]] if args.do_eval else None,
         processing_class=tokenizer,
         data_collator=DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8),
-        compute_metrics=make_compute_metrics(task.metrics, task.is_regression),
+        compute_metrics=compute_metrics,
     )
     # Classification heads take **kwargs, so the Trainer believes that they divide by num_items_in_batch. They do not:
     # it would sum over micro-batches, and results would depend on how a batch is split.
     trainer.model_accepts_loss_kwargs = False
 
-    metrics: dict[str, float] = {}
+    metrics: dict[str, Any] = {}
     if args.do_train:
         metrics |= trainer.train(resume_from_checkpoint=checkpoint).metrics
         metrics["train_samples"] = len(data["train"])
@@ -239,15 +250,17 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: GlueTraining
         trainer.save_state()
     if args.do_eval:
         scores: dict[str, float] = {}
+        bins: dict[str, list] = {}
         for split, suffix in reversed(task.evaluations):  # the main one last: the model card shows the last
             found = trainer.evaluate(data[split], metric_key_prefix=f"eval{suffix}")
             scores |= {
                 name.replace(f"eval{suffix}_", "eval_") + suffix: v for name, v in found.items() if name != "epoch"
             }
             scores[f"eval_samples{suffix}"] = len(data[split])
+            bins[f"eval_reliability{suffix}"] = compute_metrics.reliability
         trainer.log_metrics("eval", scores)
         trainer.save_metrics("eval", scores)
-        metrics |= scores
+        metrics |= scores | bins
     if args.do_predict:
         for split, file in task.submissions:
             rows = data[split]
@@ -339,7 +352,21 @@ def _load_data(
     # Only what is used is tokenized.
     counts = {"train": data_args.max_train_samples, **dict.fromkeys(evaluations, data_args.max_eval_samples)}
     counts |= dict.fromkeys(tests, data_args.max_predict_samples)
-    return task, DatasetDict({split: _head(data[split], counts[split]) for split in splits})
+    data = DatasetDict({split: _head(data[split], counts[split]) for split in splits})
+    if data_args.label_noise and args.do_train:
+        data["train"] = _with_other_labels(data["train"], task, data_args.label_noise, data_args.subset_seed or 0)
+    return task, data
+
+
+def _with_other_labels(rows: Dataset, task: Task, share: float, seed: int) -> Dataset:
+    """The rows, of which this share has another class, each of the others with the same probability."""
+    if task.is_regression:
+        raise ValueError(f"label_noise={share!r} needs classes, and {task.name} is a regression; leave it unset")
+    labels, random = np.array(rows["label"]), np.random.default_rng(seed)
+    chosen = random.choice(len(labels), round(share * len(labels)), replace=False)
+    classes = len(task.labels)
+    labels[chosen] = (labels[chosen] + random.integers(1, classes, size=len(chosen))) % classes
+    return rows.remove_columns("label").add_column("label", labels.tolist(), feature=rows.features["label"])
 
 
 def _load_model(
