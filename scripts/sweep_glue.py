@@ -663,9 +663,10 @@ def show(title: str, runs: list[Run], jobs: int | None, settled: Callable[[str, 
     groups: dict[tuple, list[Run]] = {}
     for run in runs:
         groups.setdefault((run.axes["task_name"], run.axes["method"]), []).append(run)
+    width = 1 + max((len(task) for task, _ in groups), default=5)
     for (task, method), mine in groups.items():
         words = " ".join(mine[0].words) + ("" if settled(task, method) else " (a trial's; to be chosen)")
-        print(f"  {task:<6}{method:<9}{sum(run.finished for run in mine)}/{len(mine)}  {words}")
+        print(f"  {task:<{max(width, 6)}}{method:<9}{sum(run.finished for run in mine)}/{len(mine)}  {words}")
 
 
 def prepare(runs: list[Run], machine: list[str], folders: Iterable[Path]) -> None:
