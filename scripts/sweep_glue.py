@@ -587,7 +587,8 @@ class Local:
         self.pool = ThreadPoolExecutor(jobs)
 
     def submit(self, run: Run, machine: list[str]) -> Future:
-        return self.pool.submit(execute, run, machine, max(1, (os.cpu_count() or 1) // self.jobs))
+        asked = os.environ.get("OMP_NUM_THREADS")  # by the user, who may want to leave cores to others
+        return self.pool.submit(execute, run, machine, None if asked else max(1, (os.cpu_count() or 1) // self.jobs))
 
     def close(self) -> None:
         self.pool.shutdown(wait=False, cancel_futures=True)
