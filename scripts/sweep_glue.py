@@ -43,6 +43,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
+from typing import get_type_hints
 from zlib import crc32
 
 import torch
@@ -58,7 +59,9 @@ from adasam_hf.glue.tasks import TASKS, get_task, score
 ROOT = Path(__file__).resolve().parent.parent
 KEYS = {"output_dir", "configs", "arguments", "when", "axes", "tasks", "choose", "scale_learning_rate_from"}
 KEYS |= {"keep_models"}
-FIELDS = {f.name: f for c in (ModelArguments, DataArguments, GlueTrainingArguments) for f in fields(c)}
+CLASSES = (ModelArguments, DataArguments, GlueTrainingArguments)
+FIELDS = {f.name: f for c in CLASSES for f in fields(c)}
+LISTS = {name for c in CLASSES for name, kind in get_type_hints(c).items() if kind in (list[str], list[str] | None)}
 ARGUMENTS = set(FIELDS)
 TRAIN_ROWS = {  # of GLUE
     "cola": 8551,
@@ -186,7 +189,7 @@ class Sweep:
         given += [case["arguments"] for case in self.content.get("when") or []]
         given += [self.choose.get("arguments") or {}] if isinstance(self.choose, dict) else []
         for name, value in itertools.chain.from_iterable(arguments.items() for arguments in given):
-            if isinstance(value, list) and name in FIELDS and "list" not in str(FIELDS[name].type):
+            if isinstance(value, list) and name not in LISTS:
                 raise ValueError(f"{self.path}: {name} is {value!r}; it takes one value; for several, make it an axis")
 
     def _check_trials(self) -> None:
@@ -683,9 +686,11 @@ def prepare(runs: list[Run], machine: list[str], folders: Iterable[Path]) -> Non
     seen = set()
     for run in runs:
         model_args, data_args, args = parse([*run.words, "--output_dir=unused", *device_flags(), *machine])
-        path = Path(resolve_path(model_args.model_name_or_path))
-        if str(path).startswith((".", "/")) and not path.is_dir():
-            raise FileNotFoundError(f"{run.name}: model_name_or_path={str(path)!r} is no folder")
+        model = resolve_path(model_args.model_name_or_path)
+        if model.startswith((".", "/")) and not Path(model).is_dir():
+            raise FileNotFoundError(
+                f"{run.name}: model_name_or_path={model!r} is no folder; see its config or arguments"
+            )
         for name in ("train_file", "validation_file"):
             file = getattr(data_args, name)
             if file is not None and not Path(resolve_path(file)).expanduser().is_file():

@@ -141,6 +141,41 @@ def test_the_interval_of_a_mean():
     assert report_glue.interval([1.0]) == (1.0, math.inf)
 
 
+# ---- power ----
+
+power = load_script("power")
+
+
+def test_power_is_how_often_the_test_sees_the_gain():
+    values = 0.8 + np.random.default_rng(0).normal(scale=1.2, size=(20_000, 8))
+    for comparisons in (1, 4):
+        seen = np.mean(stats.ttest_1samp(values, 0.0, axis=1).pvalue < 0.05 / comparisons)
+        assert power.power(8, 0.8, 1.2, comparisons) == pytest.approx(seen, abs=0.01)
+    assert power.power(8, 0.0001, 1.2) == pytest.approx(0.05, abs=1e-3) and power.power(1, 5.0, 1.2) == 0
+    assert power.power(8, -0.8, 1.2) == pytest.approx(power.power(8, 0.8, 1.2))
+    for gain, seeds in ((0.28, 147), (1.0, 14)):
+        assert power.seeds_for(gain, 1.2) == seeds
+        assert power.power(seeds - 1, gain, 1.2) < 0.8 <= power.power(seeds, gain, 1.2)
+    assert power.seeds_for(0.5, 1.2, comparisons=4) > power.seeds_for(0.5, 1.2)
+    with pytest.raises(ValueError, match="too small beside a spread of 1"):
+        power.seeds_for(1e-5, 1.0)
+
+
+def test_power_from_records(tmp_path, monkeypatch, capsys):
+    gains = [0.02, 0.03, 0.025, 0.01]
+    put(tmp_path, [*grid({"sst2": gains}), *trials("sst2", "adasam", [0.7, 0.8])])
+    spread = statistics.stdev(100 * gain for gain in gains)
+    monkeypatch.setattr("sys.argv", ["power.py", str(tmp_path), "--gain", "1", "--seeds", "5"])
+    assert power.main() == 0
+    row = capsys.readouterr().out.splitlines()[-1]
+    needed = power.seeds_for(1.0, spread)
+    assert row == f"| table1 sst2 | 4 | {spread:.3g} | {needed} | {power.power(5, 1.0, spread):.2f} |"
+    for words in ([], [str(tmp_path), "--spread", "1"], [str(tmp_path / "nothing")], ["--spread", "1", "--gain", "0"]):
+        monkeypatch.setattr("sys.argv", ["power.py", *words])
+        with pytest.raises(SystemExit):
+            power.main()
+
+
 # ---- loss curves ----
 
 

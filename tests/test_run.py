@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import subprocess
 import sys
@@ -6,16 +7,18 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from conftest import load_script
 from safetensors.torch import load_file
 from test_glue_data import snapshot
-from transformers import BertForSequenceClassification, TrainerCallback
+from transformers import BertForSequenceClassification, EvalPrediction, TrainerCallback
 
 from adasam_hf.glue import record as record_module
 from adasam_hf.glue import run as run_module
+from adasam_hf.glue.metrics import Evaluation
 from adasam_hf.glue.run import config_tokens, main, parse
 from adasam_hf.glue.tasks import TASKS, get_task
 from adasam_hf.sharpness import sam_gap
@@ -195,6 +198,56 @@ def test_the_gap_of_the_final_weights(flags, files, tmp_path, monkeypatch):
         moved = {n: p + 0.05 * g / norm for (n, p), g in zip(model.named_parameters(), slopes, strict=True)}
         gaps.append(float((torch.func.functional_call(model, moved, (), dict(batch)).loss - loss).detach()))
     assert len(seen) == 4 and record["metrics"]["final_sam_gap"] == pytest.approx(sum(gaps) / 4, rel=1e-3)
+
+
+def test_how_good_probabilities_are():
+    """Against sums by hand: two bins of two rows each, and one row that is sure and wrong."""
+    chances = [[0.55, 0.45], [0.42, 0.58], [0.9, 0.1], [0.08, 0.92], [1e-9, 1 - 1e-9]]
+    labels = np.array([0, 0, 0, 1, 0])
+    output = EvalPrediction(np.log(chances) + 3, labels)  # what is added to all logits of a row tells nothing
+    evaluation = Evaluation(["accuracy"], False)
+    scores = evaluation(output)
+    assert scores["accuracy"] == 3 / 5
+    expected = -(math.log(0.55) + math.log(0.42) + math.log(0.9) + math.log(0.92) + math.log(1e-9)) / 5
+    assert scores["cross_entropy"] == pytest.approx(expected, rel=1e-7)
+    # of 15 bins: [8/15, 9/15) has 0.55 and 0.58, [13/15, 14/15) 0.9 and 0.92, the last 1
+    by_hand = (2 * abs(1 / 2 - 0.565) + 2 * abs(1 - 0.91) + 1 * abs(0 - 1)) / 5
+    assert scores["calibration_error"] == pytest.approx(by_hand)
+    assert [found["count"] for found in evaluation.reliability] == [2, 2, 1]
+    assert evaluation.reliability[0] == {"count": 2, "confidence": pytest.approx(0.565), "accuracy": 0.5}
+    assert set(evaluation(EvalPrediction(np.full((5, 2), np.nan), labels))) == {"accuracy"}  # it has diverged
+    assert evaluation.reliability == []
+    numbers = Evaluation(["pearson", "spearmanr"], True)
+    assert "cross_entropy" not in numbers(EvalPrediction(np.arange(4.0)[:, None], np.arange(4.0)))
+
+
+def test_a_record_has_them(flags, files, tmp_path):
+    """With smoothed labels, too, whose loss is another."""
+    trainer = main([*flags, *files, "--do_train", "--do_eval", "--learning_rate=0.1", "--label_smoothing_factor=0.5"])
+    metrics = json.loads((tmp_path / "out" / "record.json").read_text())["metrics"]
+    logits = trainer.predict(trainer.eval_dataset).predictions
+    chances = torch.tensor(logits).double().log_softmax(-1)
+    labels = trainer.eval_dataset["label"]
+    by_hand = -sum(float(row[label]) for row, label in zip(chances, labels, strict=True)) / len(labels)
+    assert metrics["eval_cross_entropy"] == pytest.approx(by_hand, rel=1e-5)
+    assert metrics["eval_loss"] != pytest.approx(by_hand, rel=1e-3)
+    assert sum(found["count"] for found in metrics["eval_reliability"]) == len(labels)
+    assert 0 <= metrics["eval_calibration_error"] <= 1
+
+
+def test_labels_are_made_wrong_in_training_alone(flags, files):
+    job = [*flags, *files, "--do_train", "--do_eval", "--max_steps=1", "--save_strategy=no", "--max_train_samples=40"]
+    job += ["--held_out_samples=8"]
+    clean, noisy = main(job), main([*job, "--label_noise=0.25", "--subset_seed=3"])
+    again = main([*job, "--label_noise=0.25", "--subset_seed=3", "--seed=7"])
+    shuffled = main([*job, "--subset_seed=3"])
+    labels, wrong = shuffled.train_dataset["label"][:], noisy.train_dataset["label"][:]
+    assert sum(a != b for a, b in zip(labels, wrong, strict=True)) == 10
+    assert noisy.eval_dataset["label"][:] == shuffled.eval_dataset["label"][:]
+    assert again.train_dataset["label"][:] == wrong  # by the rows' own seed
+    assert clean.train_dataset["label"][:] != labels and set(wrong) == {0, 1}
+    with pytest.raises(ValueError, match=r"label_noise=1.5 must be a share in \[0, 1\]"):
+        main([*job, "--label_noise=1.5"])
 
 
 def test_weights_of_a_finished_run_under_a_new_head(flags, files, tmp_path):

@@ -74,9 +74,10 @@ class Evaluation:
     def __call__(self, output: EvalPrediction) -> dict[str, float]:
         scores = self.official(output)
         logits = output.predictions[0] if isinstance(output.predictions, tuple) else output.predictions
+        labels = np.asarray(output.label_ids)
         self.reliability = []
         if not self.is_regression and np.isfinite(logits).all():
-            self.reliability = reliability(logits, output.label_ids)
-            scores["cross_entropy"] = cross_entropy(logits, output.label_ids)
+            self.reliability = reliability(logits, labels)
+            scores["cross_entropy"] = cross_entropy(logits, labels)
             scores["calibration_error"] = calibration_error(self.reliability)
         return scores
