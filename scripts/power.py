@@ -16,39 +16,14 @@ import statistics
 import sys
 from pathlib import Path
 
-from scipy import stats
-
+from adasam_hf.glue.power import pairs_for, power
 from adasam_hf.glue.tasks import score
 
-LEVEL, WANTED, MOST = 0.05, 0.8, 100_000
 VALUES = {
     "score": lambda record: 100 * score(record["axes"]["task_name"], record["metrics"]),
     "loss": lambda record: record["metrics"].get("eval_cross_entropy", record["metrics"]["eval_loss"]),
     "calibration": lambda record: 100 * record["metrics"].get("eval_calibration_error", math.nan),
 }
-
-
-def power(seeds: int, gain: float, spread: float, comparisons: int = 1) -> float:
-    """Probability that the paired t test over so many seeds sees a true mean difference of `gain`, if differences are
-    normal with the standard deviation `spread`."""
-    if seeds < 2:
-        return 0.0
-    edge = stats.t.ppf(1 - LEVEL / comparisons / 2, seeds - 1)
-    shift = gain / spread * math.sqrt(seeds)
-    return float(stats.nct.sf(edge, seeds - 1, shift) + stats.nct.cdf(-edge, seeds - 1, shift))
-
-
-def seeds_for(gain: float, spread: float, comparisons: int = 1) -> int:
-    """The fewest seeds with a power of 80 %."""
-    low, high = 1, 2
-    while power(high, gain, spread, comparisons) < WANTED:
-        low, high = high, 2 * high
-        if high > MOST:
-            raise ValueError(f"gain={gain!r} is too small beside a spread of {spread:g}; {MOST} seeds do not see it")
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if power(middle, gain, spread, comparisons) >= WANTED else (middle, high)
-    return high
 
 
 def spreads(folder: Path, one: str, other: str, value: str) -> dict[str, tuple[int, float]]:
@@ -75,7 +50,7 @@ def table(found: dict[str, tuple[int, float]], gains: list[float], seeds: list[i
     header += [f"power of {n} seeds at {g:+g}" for g in gains for n in seeds]
     rows = [header, ["---"] * len(header)]
     for name, (pairs, spread) in found.items():
-        needed = [str(seeds_for(g, spread, comparisons)) if spread > 0 else "–" for g in gains]
+        needed = [str(pairs_for(g, spread, comparisons)) if spread > 0 else "–" for g in gains]
         powers = [f"{power(n, g, spread, comparisons):.2f}" if spread > 0 else "–" for g in gains for n in seeds]
         rows.append([name, str(pairs) if pairs else "–", f"{spread:.3g}", *needed, *powers])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)

@@ -62,6 +62,15 @@ def calibration_error(bins: Sequence[dict[str, float]]) -> float:
     return sum(found["count"] * abs(found["accuracy"] - found["confidence"]) for found in bins) / rows
 
 
+def constant_loss(labels: Sequence[float], is_regression: bool) -> float:
+    """The loss of the best constant answer to these labels: their entropy in nats; of numbers their variance. A model
+    whose loss is not below has learned nothing."""
+    if is_regression:
+        return float(np.var(labels))
+    shares = np.unique(labels, return_counts=True)[1] / len(labels)
+    return float(-(shares * np.log(shares)).sum())
+
+
 class Evaluation:
     """`compute_metrics` of a run: the task's official metrics and, of a classifier, `cross_entropy` and
     `calibration_error`; the bins of the last rows stay in `reliability`. Logits that are not finite have neither."""

@@ -31,7 +31,7 @@ from ..sharpness import sam_gap
 from ..trainer import AdaSAMTrainer
 from ..training_args import AdaSAMTrainingArguments
 from .data import load_files, load_task, resolve_path
-from .metrics import Evaluation, predictions_of
+from .metrics import Evaluation, constant_loss, predictions_of
 from .record import provenance, write_record
 from .tasks import TASKS, Task, get_task
 
@@ -244,6 +244,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: GlueTraining
     if args.do_train:
         metrics |= trainer.train(resume_from_checkpoint=checkpoint).metrics
         metrics["train_samples"] = len(data["train"])
+        metrics["train_constant_loss"] = constant_loss(data["train"]["label"][:], task.is_regression)
         trainer.save_model()
         trainer.log_metrics("train", metrics)
         trainer.save_metrics("train", metrics)
