@@ -63,7 +63,10 @@ def test_bad_config_files(tmp_path):
     with pytest.raises(ValueError, match="mapping"):
         config_tokens(str(tmp_path / "a.yaml"), {"sam_rho"})
     (tmp_path / "a.yaml").write_text("sam_rho: !!python/object/apply:os.system ['true']\n")
-    with pytest.raises(yaml.YAMLError):
+    with pytest.raises(ValueError, match=r"a\.yaml' is no YAML that can be read: .*python/object"):
+        config_tokens(str(tmp_path / "a.yaml"), {"sam_rho"})
+    (tmp_path / "a.yaml").write_text("sam_rho: [0.05\n")
+    with pytest.raises(ValueError, match=r"a\.yaml' is no YAML that can be read: [^\n]+$"):
         config_tokens(str(tmp_path / "a.yaml"), {"sam_rho"})
 
 
@@ -234,6 +237,24 @@ def test_a_record_has_them(flags, files, tmp_path):
     assert metrics["eval_loss"] == pytest.approx(smoothed, rel=1e-5) != pytest.approx(by_hand, rel=1e-5)
     assert sum(found["count"] for found in metrics["eval_reliability"]) == len(labels)
     assert 0 <= metrics["eval_calibration_error"] <= 1
+
+
+def test_an_earlier_record_stays(flags, files, tmp_path):
+    job = [*flags, *files, "--do_train", "--max_steps=1", "--save_strategy=no"]
+    for seed in (1, 2, 3):
+        main([*job, f"--seed={seed}"])
+    found = {
+        name: json.loads((tmp_path / "out" / name).read_text())["seed"] for name in ("record.json", "record-1.json")
+    }
+    assert found == {"record.json": 3, "record-1.json": 1}
+    assert json.loads((tmp_path / "out" / "record-2.json").read_text())["seed"] == 2
+
+
+def test_a_folder_that_cannot_be_written_to_is_noticed_first(flags, files, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_module, "AdaSAMTrainer", None)  # would fail with another error
+    (tmp_path / "out").write_text("in the way")
+    with pytest.raises(OSError, match=r"output_dir='.*out' cannot be written to .*; give another one"):
+        main([*flags, *files, "--do_train"])
 
 
 def test_labels_are_made_wrong_in_training_alone(flags, files):

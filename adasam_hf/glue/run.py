@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 import sys
+import tempfile
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
@@ -36,6 +37,7 @@ from .record import provenance, write_record
 from .tasks import TASKS, Task, get_task
 
 GAP_BATCHES = 4
+logger = transformers.utils.logging.get_logger(__name__)
 
 
 @dataclass
@@ -161,12 +163,15 @@ def config_tokens(path: str, known: set[str]) -> list[str]:
 
     Raises:
         FileNotFoundError: without the file.
-        ValueError: if it is no mapping, or has a key that is not `known`.
+        ValueError: if it is no YAML or no mapping, or has a key that is not `known`.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"config={path!r} does not exist")
     text = Path(path).read_text(encoding="utf-8")
-    typed, plain = yaml.safe_load(text), yaml.load(text, Loader=yaml.BaseLoader)
+    try:
+        typed, plain = yaml.safe_load(text), yaml.load(text, Loader=yaml.BaseLoader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"config={path!r} is no YAML that can be read: {' '.join(str(error).split())}") from error
     if not isinstance(typed, dict):
         raise ValueError(f"config={path!r} must be a mapping of argument names to values")
     if unknown := sorted(set(typed) - known):
@@ -217,9 +222,11 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: GlueTraining
     """Train, evaluate and predict as asked.
 
     Writes to ``args.output_dir``: the model, `all_results.json`, GLUE's submission files, a model card and
-    `record.json`, which has all that is needed to do the run again.
+    `record.json`, which has all that is needed to do the run again; that of an earlier run stays, as `record-1.json`
+    and so on.
     """
     origin = provenance()  # of the code that runs, not of what it has become when the run ends
+    _prepare_folder(Path(args.output_dir))
     checkpoint = _find_checkpoint(args)
     task, data = _load_data(data_args, args, model_args)
     set_seed(args.seed)
@@ -286,6 +293,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: GlueTraining
     else:
         trainer.create_model_card(**card)
     if trainer.is_world_process_zero():
+        _keep_older_record(Path(args.output_dir))
         write_record(Path(args.output_dir) / "record.json", origin, trainer, (model_args, data_args), metrics)
     return trainer
 
@@ -300,6 +308,23 @@ def write_submission(path: Path, task: Task, predictions: Iterable) -> None:
             else:
                 text = task.labels[value] if task.named_labels else str(int(value))
             file.write(f"{index}\t{text}\n")
+
+
+def _prepare_folder(folder: Path) -> None:
+    """Notice before the run, not after, that nothing can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"output_dir={str(folder)!r} cannot be written to ({error}); give another one") from error
+
+
+def _keep_older_record(folder: Path) -> None:
+    if (folder / "record.json").exists():
+        number = next(n for n in itertools.count(1) if not (folder / f"record-{n}.json").exists())
+        (folder / "record.json").rename(folder / f"record-{number}.json")
+        logger.warning("%s has the record of an earlier run, which is now record-%d.json", folder, number)
 
 
 def _find_checkpoint(args: GlueTrainingArguments) -> str | None:
