@@ -24,7 +24,7 @@ A sweep file has
                  best mean over the seeds is taken. If that is at an edge of its grid (0 is none: nothing is below) the
                  sweep stops, and the grid is to be widened. Or the name of a sweep whose trials are taken
     scale_learning_rate_from   b₀: the rate is multiplied by √(rows of an optimizer step / b₀)
-    keep_models  whether weights stay in runs/sweeps; otherwise only logs do
+    keep_models  whether weights stay in the scratch folder; otherwise only logs do
 """
 
 import argparse
@@ -42,6 +42,7 @@ import tempfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import MISSING, asdict, dataclass, field, fields
+from functools import cache
 from pathlib import Path
 from typing import get_type_hints
 from zlib import crc32
@@ -49,6 +50,7 @@ from zlib import crc32
 import torch
 import yaml
 from tqdm.auto import tqdm
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from adasam_hf.checkpoints import last_complete
 from adasam_hf.glue.data import load_task, resolve_path
@@ -129,6 +131,7 @@ class Sweep:
     seeds: list[int] | None = None
     tasks: list[str] | None = None  # of the file's only these
     methods: list[str] | None = None
+    scratch: Path = Path("runs/sweeps")
     content: dict = field(init=False)
 
     def __post_init__(self):
@@ -243,7 +246,7 @@ class Sweep:
     def chooser(self) -> "Sweep":
         """The sweep whose trials choose for this one."""
         if isinstance(self.choose, str):
-            return Sweep(self.path.with_name(f"{self.choose}.yaml"), self.output_dir)
+            return Sweep(self.path.with_name(f"{self.choose}.yaml"), self.output_dir, scratch=self.scratch)
         return self
 
     def records(self) -> Path:
@@ -255,7 +258,7 @@ class Sweep:
         if place.is_absolute():
             inside = place.is_relative_to(ROOT)
             place = place.relative_to(ROOT) if inside else Path(f"{place.name}-{crc32(bytes(place)):08x}")
-        return Path("runs/sweeps") / Path(*(part for part in place.parts if part != "results"))
+        return self.scratch / Path(*(part for part in place.parts if part != "results"))
 
     def trials(self) -> list[Run]:
         """The trials of this sweep's own grid, one seed after the other. Other axes are at their first value."""
@@ -655,8 +658,40 @@ def do(runs: list[Run], engine: Local | Ray, machine: list[str], needed: bool = 
     return failures
 
 
+STATES = {"adasam": 3, "amsgrad": 3, "sgdm": 1, "sam": 1}  # copies of the weights in an optimizer; of the others two
+
+
+@cache
+def parameters(name: str) -> int | None:
+    """Of a model; not known of one that is neither here nor to be had."""
+    try:
+        config = AutoConfig.from_pretrained(resolve_path(name))
+        with torch.device("meta"):
+            return AutoModelForSequenceClassification.from_config(config).num_parameters()
+    except (OSError, ValueError):
+        return None
+
+
+def checkpoint_size(run: Run) -> float | None:
+    """Bytes of a checkpoint: weights and optimizer state in float32; 0 if the run saves none."""
+    model_args, _, args = parse_run(run.words)
+    if args.save_strategy == "no":
+        return 0.0
+    count = parameters(model_args.model_name_or_path)
+    return None if count is None else 4.0 * count * (1 + STATES.get(args.optim, 2))
+
+
+def cost(runs: list[Run]) -> str:
+    """In words: rows, time and the size of a checkpoint, of the runs that are not finished."""
+    seconds, size = list(estimate(runs).values()), checkpoint_size(runs[0])
+    time = "? h" if None in seconds else f"{sum(seconds) / 3600:.1f} h"
+    disk = "? GB" if size is None else f"{size / 1e9:.1f} GB"
+    return f"{sum(map(work, runs)) / 1e6:.2f} M rows, {time}, {disk} a checkpoint"
+
+
 def show(title: str, runs: list[Run], jobs: int | None, settled: Callable[[str, str], bool]) -> None:
-    """The plan: what is done and what is left, by task and method. Without `jobs` the time is that of all runs."""
+    """The plan: what is done and what is left, by task and method, and what that costs. Without `jobs` the time is that
+    of all runs."""
     left = [run for run in runs if not run.finished]
     seconds = list(estimate(left).values())
     time = "none" if not left else "unknown until a first run has finished"
@@ -664,13 +699,19 @@ def show(title: str, runs: list[Run], jobs: int | None, settled: Callable[[str, 
         how = f"with {jobs} at once" if jobs else "over the runs that the cluster does at once"
         time = f"about {sum(seconds) / (jobs or 1) / 3600:.1f} hours {how}"
     print(f"{title}: {len(runs)} runs, {len(runs) - len(left)} finished; time left: {time}")
-    groups: dict[tuple, list[Run]] = {}
+    groups: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
         groups.setdefault((run.axes["task_name"], run.axes["method"]), []).append(run)
     width = 1 + max((len(task) for task, _ in groups), default=5)
+    largest = 0.0
     for (task, method), mine in groups.items():
         words = " ".join(mine[0].words) + ("" if settled(task, method) else " (a trial's; to be chosen)")
-        print(f"  {task:<{max(width, 6)}}{method:<9}{sum(run.finished for run in mine)}/{len(mine)}  {words}")
+        rest = [run for run in mine if not run.finished]
+        costs = f"{cost(rest)}  " if rest else ""
+        largest = max([largest, *(checkpoint_size(run) or 0.0 for run in rest[:1])])
+        print(f"  {task:<{max(width, 6)}}{method:<9}{len(mine) - len(rest)}/{len(mine)}  {costs}{words}")
+    if largest:  # the newest is written before the one before is deleted
+        print(f"  disk: 2 checkpoints of each run at work, at most {2 * (jobs or 1) * largest / 1e9:.1f} GB")
 
 
 def prepare(runs: list[Run], machine: list[str], folders: Iterable[Path]) -> None:
@@ -761,6 +802,9 @@ def main() -> int:
     parser.add_argument("sweep", type=Path, help="a file of configs/sweeps")
     parser.add_argument("--dataset_name_or_path", default="nyu-mll/glue", help="as in run_glue.py")
     parser.add_argument("--output_dir", type=Path, help="instead of the file's")
+    parser.add_argument(
+        "--scratch_dir", type=Path, help="where logs, checkpoints and kept models go; runs/sweeps in the repository"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", help="instead of the file's")
     parser.add_argument("--tasks", nargs="+", help="of the file's tasks only these")
     parser.add_argument("--methods", nargs="+", help="of the file's methods only these")
@@ -781,10 +825,11 @@ def main() -> int:
     data = Path(args.dataset_name_or_path).expanduser()
     machine = [f"--dataset_name_or_path={data.resolve() if data.is_dir() else args.dataset_name_or_path}"]
     output_dir = args.output_dir and args.output_dir.resolve()
+    scratch = args.scratch_dir.resolve() if args.scratch_dir else Sweep.scratch
     path = args.sweep.resolve()
     os.chdir(ROOT)  # the paths in sweep files begin there
     try:
-        sweep = Sweep(path, output_dir, args.seeds, args.tasks, args.methods)
+        sweep = Sweep(path, output_dir, args.seeds, args.tasks, args.methods, scratch)
         failures = run_sweep(sweep, args, machine)
     except KeyboardInterrupt:
         print(

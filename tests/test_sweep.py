@@ -19,6 +19,7 @@ import pytest
 import yaml
 from conftest import load_script
 from test_glue_data import snapshot
+from transformers import BertForSequenceClassification
 
 from adasam_hf.glue.run import main as run_glue
 from adasam_hf.glue.run import parse
@@ -622,6 +623,33 @@ def test_where_runs_lie(tmp_path):
     assert f"--init_from={sweep.runs()}/mnli/mnli-adamw-1" in sweep.trials()[-1 - 3 * 4 * 3].words
 
 
+def test_a_scratch_folder(tmp_path):
+    path = Path("configs/sweeps/table1.yaml")
+    sweep = sweep_glue.Sweep(path, scratch=tmp_path / "scratch")
+    run = sweep.trials()[0]
+    assert run.folder.is_relative_to(tmp_path / "scratch") and run.record.is_relative_to("results/roberta-large")
+    assert any(
+        w == f"--init_from={tmp_path}/scratch/roberta-large/mnli/mnli-adamw-1" for r in sweep.trials() for w in r.words
+    )
+    here, there = (
+        [r.arguments for r in sweep_glue.Sweep(path, scratch=Path(folder)).trials()] for folder in ("a", tmp_path / "b")
+    )
+    assert here == there  # records do not depend on it
+
+
+def test_what_it_costs(tmp_path, tiny):
+    arguments = {"do_train": True, "model_name_or_path": tiny, "max_train_samples": 100, "save_strategy": "epoch"}
+    path = write_sweep(tmp_path, arguments=arguments, choose=None)
+    run, *_ = sweep_glue.Sweep(path).finals(lambda *key: {})
+    weights = sum(p.numel() for p in BertForSequenceClassification.from_pretrained(tiny).parameters())
+    assert sweep_glue.checkpoint_size(run) == 4 * weights * 4  # in float32: w, m, v and v̂
+    assert sweep_glue.cost([run]) == f"0.00 M rows, ? h, {16 * weights / 1e9:.1f} GB a checkpoint"
+    write_sweep(tmp_path, arguments=arguments | {"save_strategy": "no"}, choose=None)
+    assert sweep_glue.checkpoint_size(sweep_glue.Sweep(path).finals(lambda *key: {})[0]) == 0
+    write_sweep(tmp_path, arguments=arguments | {"model_name_or_path": "nowhere"}, choose=None)
+    assert sweep_glue.checkpoint_size(sweep_glue.Sweep(path).finals(lambda *key: {})[0]) is None
+
+
 def test_the_time_that_is_left(tmp_path):
     arguments = {"do_train": True, "model_name_or_path": "x", "max_train_samples": 100, "num_train_epochs": 2}
     sweep = sweep_glue.Sweep(write_sweep(tmp_path, arguments=arguments))
@@ -645,6 +673,7 @@ def test_dry_run_says_what_would_run(tmp_path, capsys, monkeypatch):
     assert "trials: 8 runs, 1 finished; time left: about" in said and "runs: 8 runs, 0 finished" in said
     assert "rte   amsgrad  1/2" in said and "hours with 1 at once" in said
     assert said.count("(a trial's; to be chosen)") == 4
+    assert "2/2" not in said and "M rows" in said and "? GB a checkpoint" in said  # of a model that is nowhere
     for run, score in zip(sweep_glue.Sweep(path).trials()[:2], (0.5, 0.6), strict=True):
         put(run, score)
     monkeypatch.setattr(sys, "argv", ["sweep_glue.py", str(path), "--dry_run", "--engine=ray"])
