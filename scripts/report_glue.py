@@ -32,12 +32,14 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
 from scipy import stats
 
 from adasam_hf.glue import tasks as glue
+from adasam_hf.glue.metrics import merged
 from adasam_hf.glue.power import pairs_for, visible_gain
 from adasam_hf.glue.tasks import get_task
 
@@ -153,7 +155,7 @@ class Grid:
     def only(self, tasks: Iterable[str]) -> "Grid":
         return Grid(self.sweep, {key: run for key, run in self.runs.items() if key[0] in set(tasks)})
 
-    def values(self, task: str, method: str, value: Callable[[dict], float] = score) -> dict[int, float]:
+    def values(self, task: str, method: str, value: Callable[[dict], Any] = score) -> dict[int, Any]:
         """Seed → value."""
         return {s: value(r) for (t, m, s), r in sorted(self.runs.items()) if (t, m) == (task, method)}
 
@@ -776,11 +778,16 @@ def own_section(sweep: str, runs: Sequence[dict], trials: Sequence[dict], folder
                 shown = [f"{mean:+.3f} ± {half:.3f}", str(len(found.values))]
                 shown += ["–", "–", "–"] if math.isnan(p) else [f"{found.p:.4f}", f"{p:.4f}", found.sight(None, count)]
                 cells.append([*words, *shown])
+            plot_differences(rows, folder / f"{sweep}_differences.png")
             parts += [
                 "Differences, paired by seed: mean ± half the 95 % interval of Student's t; p of the paired t test, "
                 "and Holm's over this table; the difference that so many pairs see with a power of 80 %:",
                 markdown(["", "task", "of", "difference", "pairs", "p", "Holm's p", "sight"], cells),
+                f"![differences with their intervals]({sweep}_differences.png)",
             ]
+        if any(run["metrics"].get("eval_reliability") for run in grid.runs.values()):
+            plot_reliability(grid, folder / f"{sweep}_reliability.png")
+            parts.append(f"![accuracy against confidence, over all seeds]({sweep}_reliability.png)")
     mine = [t for t in trials if t["sweep"] == sweep]
     if mine:
         plot_rates(mine, folder / f"{sweep}.png")
@@ -796,24 +803,58 @@ def own_section(sweep: str, runs: Sequence[dict], trials: Sequence[dict], folder
     return parts
 
 
+def plot_differences(rows: Sequence[tuple[str, str, str, Difference]], path: Path) -> None:
+    """A forest plot: a panel for each quantity, a line for each task and pair of methods, Student's 95 % intervals."""
+    panels = [[row for row in rows if row[2] == what] for what, *_ in QUANTITIES]
+    panels = [panel for panel in panels if panel]
+    height = 1.2 + 0.3 * max(map(len, panels))
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.5 * len(panels), height), squeeze=False)
+    for axis, panel in zip(axes[0], panels, strict=True):
+        found = [interval(difference.values) for *_, difference in panel]
+        halves = [half if math.isfinite(half) else 0.0 for _, half in found]
+        axis.errorbar([mean for mean, _ in found], range(len(panel)), xerr=halves, fmt="o", capsize=3)
+        axis.axvline(0, color="gray", linestyle="--")
+        axis.set_yticks(range(len(panel)), [f"{task}: {what}" for what, task, *_ in panel], fontsize=7)
+        axis.set(title=panel[0][2], ylim=(len(panel) - 0.5, -0.5))
+    save(figure, path)
+
+
+def plot_reliability(grid: Grid, path: Path) -> None:
+    """Accuracy against confidence by bins, all seeds together: a panel for each task, a line for each method."""
+    figure, axes = pyplot.subplots(1, len(grid.tasks), figsize=(4 * len(grid.tasks), 3.6), squeeze=False)
+    for axis, task in zip(axes[0], grid.tasks, strict=True):
+        axis.plot([0.5, 1], [0.5, 1], "--", color="gray")
+        for method in grid.methods:
+            runs = grid.values(task, method, lambda run: run["metrics"].get("eval_reliability") or []).values()
+            means = merged(found for bins in runs for found in bins)
+            axis.plot([f["confidence"] for f in means], [f["accuracy"] for f in means], "o-", label=method)
+        axis.set(title=task.upper(), xlabel="confidence")
+        axis.legend(fontsize=7)
+    axes[0][0].set_ylabel("accuracy")
+    save(figure, path)
+
+
 def plot_rates(trials: Sequence[dict], path: Path) -> None:
-    """Score above and cross-entropy below against the rate: a line for each radius, means over the trials' seeds."""
+    """Score above and cross-entropy below against the rate: a line for each radius, means over the seeds that all the
+    points of a task have (or, if there is none, over those that each has)."""
     tasks = sorted({t["axes"]["task_name"] for t in trials})
     figure, axes = pyplot.subplots(2, len(tasks), figsize=(4.5 * len(tasks), 6), squeeze=False)
     for column, task in enumerate(tasks):
-        lines: dict[tuple[str, float], dict[float, dict[int, dict]]] = {}
-        for (_, t, method, _), seeds in points(trials).items():
-            if t == task:
-                arguments = next(iter(seeds.values()))["arguments"]
-                place = name(method), float(arguments["sam_rho"] or 0)
-                lines.setdefault(place, {})[float(arguments["learning_rate"])] = seeds
+        lines: dict[tuple[str, float], dict[float, list[dict]]] = {}
+        found = {place: seeds for place, seeds in points(trials).items() if place[1] == task}
+        common = set.intersection(*map(set, found.values()))
+        for (_, _, method, _), seeds in found.items():
+            runs = [run for seed, run in seeds.items() if seed in common or not common]
+            place = name(method), float(runs[0]["arguments"]["sam_rho"] or 0)
+            lines.setdefault(place, {})[float(runs[0]["arguments"]["learning_rate"])] = runs
         for (method, radius), line in sorted(lines.items()):
             label = method if method == "AMSGrad" else f"{method}, radius {radius:g}"
             x = sorted(line)
             for row, value in enumerate((score, cross_entropy)):
-                means = [statistics.fmean(value(r) for r in line[rate].values()) for rate in x]
+                means = [statistics.fmean(map(value, line[rate])) for rate in x]
                 axes[row][column].plot(x, means, "o-", label=label)
-        axes[0][column].set(title=task.upper(), xscale="log")
+        title = f"{task.upper()}, {counted(len(common), 'seed')}" if common else task.upper()
+        axes[0][column].set(title=title, xscale="log")
         axes[1][column].set(xscale="log", xlabel="rate")
         axes[0][column].legend(fontsize=7)
     axes[0][0].set_ylabel("score on held-out rows")

@@ -486,6 +486,7 @@ def test_a_sweep_with_a_name_of_its_own_has_its_page(tmp_path):
     runs = grid({"sst2": [0.02, 0.03, 0.01]}, "few")
     for i, run in enumerate(runs):
         run["metrics"] |= {"eval_cross_entropy": 0.5 + 0.01 * i, "eval_calibration_error": 0.1 + 0.001 * i * i}
+        run["metrics"]["eval_reliability"] = [{"count": 5, "confidence": 0.9, "accuracy": 0.8}]
     made = [
         record("sst2", "adasam", seed, 0.5 + seed / 10, "few", {"learning_rate": "1e-4", "sam_rho": 0.05})
         for seed in (1, 2)
@@ -493,8 +494,10 @@ def test_a_sweep_with_a_name_of_its_own_has_its_page(tmp_path):
     radii = [record(sweep="radii", seed=seed, value=0.7 + seed * r, sam_rho=r) for seed in (1, 2) for r in (0.0, 0.1)]
     put(tmp_path, [*runs, *made, *radii])
     page = report_glue.report(tmp_path)
-    assert "## few" in page and "## radii" in page and "## Verdicts" not in page and "](few.png)" in page
-    assert (tmp_path / "few.png").stat().st_size > 5000
+    assert "## few" in page and "## radii" in page and "## Verdicts" not in page and "## Verdicts" not in page
+    for name in ("few", "few_differences", "few_reliability", "radii_differences"):
+        assert f"]({name}.png)" in page and (tmp_path / f"{name}.png").stat().st_size > 5000
+    assert "radii_reliability" not in page  # none was recorded
     gains = [2.0, 3.0, 1.0]
     half = stats.t.ppf(0.975, 2) * stats.sem(gains)
     p = stats.ttest_1samp(gains, 0).pvalue
@@ -630,17 +633,18 @@ def test_the_page(tmp_path):
         report_glue.report(tmp_path / "nothing")
 
 
-def test_the_committed_report_is_that_of_its_records(tmp_path, monkeypatch):
-    committed = Path(__file__).parent.parent / "results" / "small"
-    shutil.copytree(committed / "records", tmp_path / "results" / "small" / "records")
+@pytest.mark.parametrize("folder", ["results/small", "results/evidence"])
+def test_the_committed_report_is_that_of_its_records(tmp_path, monkeypatch, folder):
+    committed = Path(__file__).parent.parent / folder
+    shutil.copytree(committed / "records", tmp_path / folder / "records")
     monkeypatch.chdir(tmp_path)
-    made = report_glue.report(Path("results/small"))
+    made = report_glue.report(Path(folder))
     assert made == (committed / "REPORT.md").read_text(encoding="utf-8")
     for name in re.findall(r"\]\((\w+\.png)\)", made):
-        one, other = (pyplot.imread(folder / name) for folder in (committed, Path("results/small")))
+        one, other = (pyplot.imread(folder / name) for folder in (committed, Path(folder)))
         assert one.shape == other.shape and abs(one - other).mean() < 1e-3  # of [0, 1]
-    path = tmp_path / "results/small/records/table1/sst2-adasam-1.json"
+    path = next((tmp_path / folder / "records").glob("**/sst2-adasam-*.json"))
     changed = json.loads(path.read_text())
     changed["metrics"]["eval_accuracy"] = 0.5
     path.write_text(json.dumps(changed))
-    assert report_glue.report(Path("results/small")) != made
+    assert report_glue.report(Path(folder)) != made

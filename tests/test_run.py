@@ -1,3 +1,4 @@
+import csv
 import json
 import math
 import os
@@ -18,8 +19,9 @@ from transformers import BertForSequenceClassification, EvalPrediction, TrainerC
 
 from adasam_hf.glue import record as record_module
 from adasam_hf.glue import run as run_module
-from adasam_hf.glue.metrics import Evaluation
+from adasam_hf.glue.metrics import Evaluation, merged
 from adasam_hf.glue.run import config_tokens, main, parse
+from adasam_hf.glue.sentences import write_sentences
 from adasam_hf.glue.tasks import TASKS, get_task
 from adasam_hf.sharpness import sam_gap
 
@@ -365,6 +367,35 @@ def test_a_head_for_other_labels_predicts_nothing(flags, files, tiny, tmp_path):
     with pytest.raises(ValueError, match=r"head for the labels \['ham', 'spam'\].*or train"):
         main([*job, "--do_predict"])
     main([*job, "--do_train", "--max_steps=1"])  # which gives the head its new names
+
+
+def test_what_the_quickstart_shows(tmp_path):
+    quickstart = load_script("quickstart")
+    bins = [{"count": 3, "confidence": 0.6, "accuracy": 2 / 3}, {"count": 1, "confidence": 0.95, "accuracy": 1.0}]
+    common = {"loss": 0.5, "calibration": 0.1, "sam_gap": 0.2, "seconds": 9.6, "reliability": bins}
+    rows = [{"optim": o, "seed": s, "accuracy": 0.7 + s / 10, **common} for o in quickstart.OPTIMIZERS for s in (0, 1)]
+    header, amsgrad, adasam = quickstart.table(rows).splitlines()
+    assert header.split() == ["optimizer", "accuracy", "loss", "calibration", "sam_gap", "seconds"]
+    assert amsgrad.split()[:4] == ["amsgrad", "0.7500", "±", "0.0707"] and adasam.split()[-1] == "10"
+    quickstart.plot_reliability(rows, tmp_path / "r.png")
+    assert (tmp_path / "r.png").stat().st_size > 5000
+
+
+def test_bins_of_several_runs():
+    one = [{"count": 3, "confidence": 0.6, "accuracy": 2 / 3}, {"count": 1, "confidence": 1.0, "accuracy": 1.0}]
+    other = [{"count": 1, "confidence": 0.64, "accuracy": 0.0}]  # in [9/15, 10/15), too
+    low, high = merged([*one, *other])
+    assert low == {"count": 4, "confidence": pytest.approx(0.61), "accuracy": pytest.approx(0.5)}
+    assert high == one[1]
+
+
+def test_the_sentences(tmp_path):
+    paths = write_sentences(tmp_path)
+    rows = {split: list(csv.DictReader(path.open(encoding="utf-8", newline=""))) for split, path in paths.items()}
+    assert {split: len(found) for split, found in rows.items()} == {"train": 7677, "validation": 853}
+    texts = [{row["text"] for row in found} for found in rows.values()]
+    assert len(texts[0] | texts[1]) == 8530  # none twice, so none in both
+    assert {row["label"] for row in rows["validation"]} == {"0", "1"}
 
 
 def test_the_quickstart_keeps_what_makes_the_comparison(monkeypatch, capsys):

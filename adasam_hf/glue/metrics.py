@@ -1,6 +1,6 @@
 """GLUE's metrics for a Trainer."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import evaluate
@@ -60,6 +60,19 @@ def calibration_error(bins: Sequence[dict[str, float]]) -> float:
     """Expected calibration error, in [0, 1]: mean of |accuracy - confidence| over rows, bin by bin of `reliability`."""
     rows = sum(found["count"] for found in bins)
     return sum(found["count"] * abs(found["accuracy"] - found["confidence"]) for found in bins) / rows
+
+
+def merged(bins: Iterable[dict[str, float]]) -> list[dict[str, float]]:
+    """The bins of several runs' `reliability` as one's, from the lowest confidence on."""
+    found: dict[int, list[dict[str, float]]] = {}
+    for one in bins:
+        found.setdefault(min(int(one["confidence"] * BINS), BINS - 1), []).append(one)
+    out = []
+    for _, same in sorted(found.items()):
+        count = sum(one["count"] for one in same)
+        means = {key: sum(one["count"] * one[key] for one in same) / count for key in ("confidence", "accuracy")}
+        out.append({"count": count, **means})
+    return out
 
 
 def constant_loss(labels: Sequence[float], is_regression: bool) -> float:
