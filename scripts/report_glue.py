@@ -762,26 +762,33 @@ def own_section(sweep: str, runs: Sequence[dict], trials: Sequence[dict], folder
             if any(not math.isnan(value(r)) for r in grid.runs.values()):
                 parts += [f"{what[0].upper()}{what[1:]}:", table(grid, value, digits)]
         first = "AMSGrad" if "AMSGrad" in grid.methods else grid.methods[0]
+        pairs = [(method, first) for method in grid.methods if method != first]
+        pairs += [("AdaSAM", m) for m in grid.methods if "AdaSAM" in grid.methods and m not in ("AdaSAM", first)]
         rows = []
-        for method in grid.methods:
-            for task in grid.tasks if method != first else []:
+        for one, other in pairs:
+            for task in grid.tasks:
                 for what, value, _ in QUANTITIES:
-                    found = Difference.between(*(grid.values(task, m, value) for m in (method, first)))
+                    found = Difference.between(*(grid.values(task, m, value) for m in (one, other)))
                     if found.values:
-                        rows.append((f"{method} – {first}", task.upper(), what, found))
+                        rows.append((f"{one} – {other}", task.upper(), what, found))
         if rows:
-            ps = holm([found.p for *_, found in rows])
-            count = sum(not math.isnan(p) for p in ps)
+            families = {pair: [found.p for p, *_, found in rows if p == pair] for pair, *_ in rows}
+            ps = [p for family in families.values() for p in holm(family)]
+            counts = {pair: sum(not math.isnan(p) for p in family) for pair, family in families.items()}
             cells = []
             for (*words, found), p in zip(rows, ps, strict=True):
                 mean, half = interval(found.values)
                 shown = [f"{mean:+.3f} ± {half:.3f}", str(len(found.values))]
-                shown += ["–", "–", "–"] if math.isnan(p) else [f"{found.p:.4f}", f"{p:.4f}", found.sight(None, count)]
+                shown += (
+                    ["–", "–", "–"]
+                    if math.isnan(p)
+                    else [f"{found.p:.4f}", f"{p:.4f}", found.sight(None, counts[words[0]])]
+                )
                 cells.append([*words, *shown])
             plot_differences(rows, folder / f"{sweep}_differences.png")
             parts += [
                 "Differences, paired by seed: mean ± half the 95 % interval of Student's t; p of the paired t test, "
-                "and Holm's over this table; the difference that so many pairs see with a power of 80 %:",
+                "and Holm's over the rows of the same two methods; what so many pairs see with a power of 80 %:",
                 markdown(["", "task", "of", "difference", "pairs", "p", "Holm's p", "sight"], cells),
                 f"![differences with their intervals]({sweep}_differences.png)",
             ]

@@ -241,6 +241,22 @@ def test_a_record_has_them(flags, files, tmp_path):
     assert 0 <= metrics["eval_calibration_error"] <= 1
 
 
+def test_the_best_epoch_on_rows_of_the_training_set(flags, files, tmp_path):
+    job = [*flags, *files, "--do_train", "--do_eval", "--selection_samples=12", "--num_train_epochs=3"]
+    job += ["--learning_rate=0.1", "--eval_strategy=epoch", "--save_strategy=epoch", "--load_best_model_at_end"]
+    trainer = main([*job, "--max_train_samples=40"])
+    assert len(trainer.train_dataset) == 28 and len(trainer.eval_dataset) == 12
+    everything = main([*flags, *files, "--do_train", "--max_steps=1", f"--output_dir={tmp_path / 'b'}"]).train_dataset
+    assert trainer.eval_dataset["input_ids"][:] == everything["input_ids"][28:40]
+    record = json.loads((tmp_path / "out" / "record.json").read_text())
+    assert record["metrics"]["eval_samples"] == 8 and record["metrics"]["train_samples"] == 28  # the validation file's
+    losses = [trainer.evaluate(trainer.eval_dataset)["eval_loss"]]
+    found = [entry["eval_loss"] for entry in record["log_history"] if "eval_loss" in entry][:3]
+    assert losses == [pytest.approx(min(found))] and max(found) > 1.01 * min(found)
+    with pytest.raises(ValueError, match=r"selection_samples=48 leaves none of the 48 training"):
+        main([*job, "--selection_samples=48", f"--output_dir={tmp_path / 'c'}"])
+
+
 def test_an_earlier_record_stays(flags, files, tmp_path):
     job = [*flags, *files, "--do_train", "--max_steps=1", "--save_strategy=no"]
     for seed in (1, 2, 3):

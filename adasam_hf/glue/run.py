@@ -101,6 +101,13 @@ class DataArguments:
             "ones), instead of the validation split: for choosing hyperparameters."
         },
     )
+    selection_samples: int | None = field(
+        default=None,
+        metadata={
+            "help": "Do not train on the last so many training rows, but evaluate on them during training, so that "
+            "load_best_model_at_end keeps what is best on them; the scores at the end are of other rows."
+        },
+    )
     label_noise: float | None = field(
         default=None,
         metadata={
@@ -132,6 +139,7 @@ class DataArguments:
             "max_seq_length",
             "max_train_samples",
             "held_out_samples",
+            "selection_samples",
             "max_eval_samples",
             "max_predict_samples",
         ):
@@ -238,7 +246,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: GlueTraining
         model=model,
         args=args,
         train_dataset=data["train"] if args.do_train else None,
-        eval_dataset=data[task.evaluations[0][0]] if args.do_eval else None,
+        eval_dataset=data.get("selection", data[task.evaluations[0][0]] if args.do_eval else None),
         processing_class=tokenizer,
         data_collator=DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8),
         compute_metrics=compute_metrics,
@@ -381,6 +389,15 @@ def _load_data(
     data = DatasetDict({split: _head(data[split], counts[split]) for split in splits})
     if data_args.label_noise and args.do_train:
         data["train"] = _with_other_labels(data["train"], task, data_args.label_noise, data_args.subset_seed or 0)
+    if data_args.selection_samples and args.do_train:
+        count = len(data["train"]) - data_args.selection_samples
+        if count < 1:
+            raise ValueError(
+                f"selection_samples={data_args.selection_samples!r} leaves none of the {len(data['train'])} training "
+                "rows to train on; lower it"
+            )
+        data["selection"] = data["train"].select(range(count, len(data["train"])))
+        data["train"] = data["train"].select(range(count))
     return task, data
 
 
