@@ -480,12 +480,13 @@ def _reason(log: Path, start: int = 0) -> str:
     return lines[-1] if lines else ""
 
 
-def execute(run: Run, machine: list[str], threads: int | None = None) -> dict:
+def execute(run: Run, machine: list[str], threads: int | None = None, node: str | None = None) -> dict:
     """Do one run, in a process of its own, and once more if it fails, and write its record.
 
     Args:
         machine: arguments that say where the data is.
         threads: OMP_NUM_THREADS of the process.
+        node: of the cluster, for the record.
 
     Returns: its record; that of another sweep in the same folder, if that has done the run meanwhile.
 
@@ -542,6 +543,7 @@ def execute(run: Run, machine: list[str], threads: int | None = None) -> dict:
         # train_runtime is that of the last session
         speed = None if state["resumed"] else content["metrics"]["train_runtime"] / work(run)
         content |= {"sweep": run.sweep, "run": run.name, "axes": run.axes, "trial": run.trial}
+        content |= {} if node is None else {"node": node}
         content |= {"attempts": state["failures"] + 1, "resumed": state["resumed"], "seconds_per_row": speed}
         write_json(run.record, content)  # while the lock is held: another sweep sees either the lock or the record
         if not run.keep_model:
@@ -622,7 +624,7 @@ class Ray:
         @ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=1)  # if a node is lost
         def remote(run: Run, machine: list[str], root: str, threads: int) -> dict:
             os.chdir(root)
-            return execute(run, machine, threads) | {"node": ray.get_runtime_context().get_node_id()}
+            return execute(run, machine, threads, ray.get_runtime_context().get_node_id())
 
         self.remote, self.threads = remote, max(1, int(cpus))
 
@@ -702,14 +704,16 @@ def show(title: str, runs: list[Run], jobs: int | None, settled: Callable[[str, 
     groups: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
         groups.setdefault((run.axes["task_name"], run.axes["method"]), []).append(run)
-    width = 1 + max((len(task) for task, _ in groups), default=5)
+    width, wide = (
+        1 + max(map(len, column), default=0) for column in (zip(*groups, strict=True) if groups else ((), ()))
+    )
     largest = 0.0
     for (task, method), mine in groups.items():
         words = " ".join(mine[0].words) + ("" if settled(task, method) else " (a trial's; to be chosen)")
         rest = [run for run in mine if not run.finished]
         costs = f"{cost(rest)}  " if rest else ""
         largest = max([largest, *(checkpoint_size(run) or 0.0 for run in rest[:1])])
-        print(f"  {task:<{max(width, 6)}}{method:<9}{len(mine) - len(rest)}/{len(mine)}  {costs}{words}")
+        print(f"  {task:<{max(width, 6)}}{method:<{max(wide, 9)}}{len(mine) - len(rest)}/{len(mine)}  {costs}{words}")
     if largest:  # the newest is written before the one before is deleted
         print(f"  disk: 2 checkpoints of each run at work, at most {2 * (jobs or 1) * largest / 1e9:.1f} GB")
 
