@@ -309,10 +309,11 @@ class Sweep:
         ranks = {}
         for point, mine in found.items():
             metrics = [load(run.record)["metrics"] for run in mine]
-            # Of a model that is NaN all over, accuracy is that of the first class; only the loss tells.
+            # Of a model that is NaN all over, accuracy is that of the first class; only the loss tells. The loss of
+            # smoothed labels is another one, so the cross-entropy is taken where a record has it.
             rank = (
                 statistics.fmean(score(task, m) for m in metrics),
-                -statistics.fmean(m["eval_loss"] for m in metrics),
+                -statistics.fmean(m.get("eval_cross_entropy", m["eval_loss"]) for m in metrics),
             )
             if all(map(math.isfinite, rank)):
                 ranks[point] = rank
@@ -419,8 +420,9 @@ def load(path: Path) -> dict:
     """A record."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        record["arguments"], record["axes"], record["metrics"], record["seconds_per_row"]
-    except (ValueError, KeyError, TypeError) as error:
+        record["arguments"].items(), record["axes"]["task_name"], record["seconds_per_row"]
+        float(record["metrics"]["eval_loss"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no record of a run ({error!r}); delete it, and repeat the command") from None
     return record
 

@@ -477,8 +477,10 @@ def test_a_record_of_another_device_is_taken(tmp_path):
 
 def test_a_file_that_is_no_record_is_named(tmp_path):
     run, *others = sweep_glue.Sweep(write_sweep(tmp_path)).trials()
-    run.record.parent.mkdir(parents=True)
-    for text in ("", "[]", '{"arguments": {}}'):
+    put(others[0], 0.5)
+    whole = json.loads(others[0].record.read_text())
+    without_loss = json.dumps(whole | {"metrics": {"eval_accuracy": 0.5}})
+    for text in ("", "[]", '{"arguments": {}}', without_loss, json.dumps(whole | {"axes": {}})):
         run.record.write_text(text)
         for use in (lambda: sweep_glue.check([run]), lambda: sweep_glue.estimate(others)):
             with pytest.raises(ValueError, match=f"{re.escape(run.record.name)} is no record of a run"):
