@@ -829,6 +829,11 @@ def main() -> int:
     if args.jobs < 1:
         parser.error(f"--jobs={args.jobs} must be at least 1")
     data = Path(args.dataset_name_or_path).expanduser()
+    if args.dataset_name_or_path.startswith((".", "/", "~")) and not data.is_dir() and not args.dry_run:
+        parser.error(
+            f"--dataset_name_or_path={args.dataset_name_or_path!r} is no folder; give a snapshot of nyu-mll/glue, or the "
+            "hub's name"
+        )
     machine = [f"--dataset_name_or_path={data.resolve() if data.is_dir() else args.dataset_name_or_path}"]
     output_dir = args.output_dir and args.output_dir.resolve()
     scratch = args.scratch_dir.resolve() if args.scratch_dir else Sweep.scratch
