@@ -792,6 +792,8 @@ def own_section(sweep: str, runs: Sequence[dict], trials: Sequence[dict], folder
                 markdown(["", "task", "of", "difference", "pairs", "p", "Holm's p", "sight"], cells),
                 f"![differences with their intervals]({sweep}_differences.png)",
             ]
+        plot_losses(grid, folder / f"{sweep}_loss.png")
+        parts.append(f"![training loss against iterations]({sweep}_loss.png)")
         if any(run["metrics"].get("eval_reliability") for run in grid.runs.values()):
             plot_reliability(grid, folder / f"{sweep}_reliability.png")
             parts.append(f"![accuracy against confidence, over all seeds]({sweep}_reliability.png)")

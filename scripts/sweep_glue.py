@@ -831,8 +831,8 @@ def main() -> int:
     data = Path(args.dataset_name_or_path).expanduser()
     if args.dataset_name_or_path.startswith((".", "/", "~")) and not data.is_dir() and not args.dry_run:
         parser.error(
-            f"--dataset_name_or_path={args.dataset_name_or_path!r} is no folder; give a snapshot of nyu-mll/glue, or the "
-            "hub's name"
+            f"--dataset_name_or_path={args.dataset_name_or_path!r} is no folder; give a snapshot of nyu-mll/glue, or "
+            "the hub's name"
         )
     machine = [f"--dataset_name_or_path={data.resolve() if data.is_dir() else args.dataset_name_or_path}"]
     output_dir = args.output_dir and args.output_dir.resolve()

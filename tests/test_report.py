@@ -495,7 +495,7 @@ def test_a_sweep_with_a_name_of_its_own_has_its_page(tmp_path):
     put(tmp_path, [*runs, *made, *radii])
     page = report_glue.report(tmp_path)
     assert "## few" in page and "## radii" in page and "## Verdicts" not in page and "## Verdicts" not in page
-    for name in ("few", "few_differences", "few_reliability", "radii_differences"):
+    for name in ("few", "few_differences", "few_reliability", "few_loss", "radii_differences"):
         assert f"]({name}.png)" in page and (tmp_path / f"{name}.png").stat().st_size > 5000
     assert "radii_reliability" not in page  # none was recorded
     gains = [2.0, 3.0, 1.0]
