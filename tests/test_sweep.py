@@ -4,12 +4,14 @@ import fcntl
 import json
 import math
 import os
+import pickle
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +19,7 @@ import pytest
 import yaml
 from conftest import load_script
 from test_glue_data import snapshot
+from transformers import BertForSequenceClassification
 
 from adasam_hf.glue.run import main as run_glue
 from adasam_hf.glue.run import parse
@@ -39,12 +42,20 @@ def at_the_root(monkeypatch, tmp_path):
 
 @pytest.fixture
 def glue(tmp_path):
-    """A small snapshot of a task."""
+    """A small snapshot of tasks."""
 
-    def glue(name):
-        task = get_task(name)
-        count = max(len(task.labels), 2)
-        return snapshot(tmp_path / "glue" / name, task, labels=[i % count for i in range(24)])
+    def glue(*names):
+        for name in names:
+            task = get_task(name)
+            count = max(len(task.labels), 2)
+            folder = snapshot(tmp_path / "glue" / names[0], task, labels=[i % count for i in range(24)])
+        configs = [
+            {"config_name": name, "data_files": [{"split": split, "path": f"{name}/{split}-*"} for split in splits]}
+            for name in names
+            for splits in [sorted(p.name.partition("-")[0] for p in Path(folder, name).iterdir())]
+        ]
+        Path(folder, "README.md").write_text(f"---\n{yaml.safe_dump({'configs': configs})}---\n")
+        return folder
 
     return glue
 
@@ -68,6 +79,7 @@ def one_step(words, tiny, folder, tmp_path):
             "--per_device_train_batch_size=4",
             "--max_eval_samples=4",
             "--save_strategy=no",
+            "--eval_strategy=no",
             "--disable_tqdm=true",
         ]
     )
@@ -107,12 +119,13 @@ def test_the_recipe_of_the_sister_work():
 @pytest.mark.parametrize("method", METHODS)
 def test_the_first_step_of_each_optimizer(method, tiny, glue, tmp_path):
     words = ["--config=configs/small.yaml", f"--config=configs/optim/{method}.yaml", "--task_name=rte"]
+    words += ["--selection_samples=4"] if method == "amsgrad_stop" else []  # of 24
     trainer = one_step(words, tiny, glue("rte"), tmp_path)
     radius = {"adasam": 0.01, "sam": 0.01}.get(method, 0.0)
     assert trainer.args.resolved_rho == radius
     climbed = [entry for entry in trainer.state.log_history if "sam_loss" in entry]
     assert bool(climbed) == (radius > 0)
-    assert trainer.args.optim == {"adamw": "adamw_torch_fused"}.get(method, method)
+    assert trainer.args.optim == {"adamw": "adamw_torch_fused"}.get(method, method.partition("_")[0])
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=str)
@@ -160,13 +173,7 @@ def write_sweep(tmp_path, **changes):
         "configs": ["configs/optim/{method}.yaml"],
         "arguments": {"do_train": True, "do_eval": True, "model_name_or_path": "nowhere", "learning_rate": 1e-4},
         "axes": {"task_name": ["rte", "mrpc"], "method": ["amsgrad", "adasam"], "seed": [1, 2]},
-        "choose": {
-            "arguments": {"held_out_samples": 8, "seed": 0},
-            "grid": {
-                "amsgrad": {"learning_rate": ["1e-3", "1e-4"]},
-                "adasam": {"learning_rate": ["1e-3"], "sam_rho": [0.01, 0.05]},
-            },
-        },
+        "choose": {"arguments": {"held_out_samples": 8, "seed": 0}, "grid": GRID},
     }
     path = tmp_path / "sweep.yaml"
     path.write_text(yaml.safe_dump({k: v for k, v in (content | changes).items() if v is not None}, sort_keys=False))
@@ -174,6 +181,24 @@ def write_sweep(tmp_path, **changes):
 
 
 HELD_OUT = {"held_out_samples": 8}
+GRID = {
+    "amsgrad": {"learning_rate": ["1e-3", "1e-4"]},
+    "adasam": {"learning_rate": ["1e-3"], "sam_rho": [0.01, 0.05]},
+}
+
+
+def choice(arguments=HELD_OUT, seeds=None, **grid):
+    """The key `choose` of a sweep file."""
+    return {"choose": {"arguments": arguments, "grid": GRID | grid} | ({"seeds": seeds} if seeds else {})}
+
+
+def test_broken_yaml_is_named(tmp_path):
+    path = tmp_path / "sweep.yaml"
+    path.write_text("axes: {task_name: [rte\n")
+    with pytest.raises(ValueError, match=r"sweep\.yaml is no YAML: [^\n]+$"):
+        sweep_glue.Sweep(path)
+    with pytest.raises(ValueError, match=r"configs/\{metod\}.yaml' has a name that is no axis; known are .*\{method\}"):
+        sweep_glue.Sweep(write_sweep(tmp_path, configs=["configs/{metod}.yaml", "{method}"])).trials()
 
 
 @pytest.mark.parametrize(
@@ -207,6 +232,17 @@ HELD_OUT = {"held_out_samples": 8}
         ({"axes": {"task_name": ["rte"], "method": ["adasam"], "seed": 1}, "choose": None}, "axis seed is 1"),
         ({"axes": {"task_name": [], "method": ["adasam"], "seed": [1]}, "choose": None}, r"axis task_name is \[\]"),
         ({"axes": {"task_name": ["rte"], "method": ["adasam"], "seed": [1, 1]}, "choose": None}, "different values"),
+        ({"axes": {"task_name": ["rte"], "method": ["adasam"], "seed": None}, "choose": None}, "axis seed is None"),
+        ({"axes": ["rte"]}, "axes is .*takes a mapping"),
+        ({"configs": "configs/small.yaml"}, "configs is .*takes a list"),
+        ({"axes": {"task_name": ["mine"], "method": ["adasam"], "seed": [1]}, "choose": None}, "under tasks"),
+        ({"tasks": {"rte": {}}}, r"tasks has \['rte'\], which are GLUE's"),
+        ({"arguments": {"learning_rate": [1e-4, 2e-4]}}, r"learning_rate is \[0.0001, 0.0002\]; it takes one value"),
+        (choice(amsgrad={"learning_rate": [0.01, 0.01]}), r"amsgrad.learning_rate is .*different values"),
+        (choice(adasam={"learning_rate": ["1e-3"], "sam_rho": [0.01, "1e-2"]}), "adasam.sam_rho is .*different values"),
+        (choice(seeds=[7, 7]), "choose.seeds is .*different values"),
+        (choice(seeds=[1, 7, 8]), r"seeds \[1\] are of trials and of runs"),
+        (choice(seeds=[7], arguments={"held_out_samples": 8, "seed": 0}), "seeds and arguments.seed"),
     ],
 )
 def test_bad_files(tmp_path, changes, message):
@@ -233,6 +269,11 @@ def test_more_arguments_for_some_and_the_scaled_rate(tmp_path):
     for run in sweep_glue.Sweep(path).finals(lambda task, method: {"learning_rate": "1e-3"}):
         _, _, args = sweep_glue.parse_run(run.words)
         found[run.name] = (args.learning_rate, args.weight_decay)
+    arguments = {"do_train": True, "model_name_or_path": "x", "gradient_accumulation_steps": 4}
+    path = write_sweep(tmp_path, axes=axes, choose=None, scale_learning_rate_from=32, arguments=arguments)
+    runs = sweep_glue.Sweep(path).finals(lambda task, method: {"learning_rate": "1e-3"})
+    rates = [sweep_glue.parse_run(run.words)[2].learning_rate for run in runs]
+    assert rates == [pytest.approx(v) for v in (1e-3, 2e-3) * 2]  # √(4 · 8 / 32) and √(4 · 32 / 32)
     assert found == {
         "rte-adasam-8-1": (pytest.approx(5e-4), 0.0),
         "rte-adasam-32-1": (pytest.approx(1e-3), 0.0),
@@ -290,6 +331,125 @@ def test_the_best_trial_is_chosen(tmp_path):
     assert (args.sam_rho, args.learning_rate, args.seed, data.held_out_samples) == (0.05, 1e-3, 1, None)
 
 
+def test_the_mean_over_trial_seeds_chooses(tmp_path):
+    grid = {"amsgrad": {"learning_rate": [1e-4, 2e-4, 4e-4]}, "adasam": {"sam_rho": [0.0, 0.02, 0.05]}}
+    sweep = sweep_glue.Sweep(write_sweep(tmp_path, **choice(seeds=[7, 8, 9], **grid)))
+    trials = sweep.trials()
+    assert len(trials) == len({run.record for run in trials}) == 3 * 2 * 2 * 3
+    assert [run.axes["seed"] for run in trials] == [7] * 12 + [8] * 12 + [9] * 12  # whole grids, one by one
+    mine = [run for run in trials if (run.axes["task_name"], run.axes["method"]) == ("rte", "amsgrad")]
+    assert [run.arguments["seed"] for run in mine] == [7, 7, 7, 8, 8, 8, 9, 9, 9]
+    for run, value in zip(mine, [0.9, 0.7, 0.5, 0.5, 0.7, 0.8, 0.5, 0.75, 0.5], strict=True):
+        put(run, value)
+    assert sweep.chosen("rte", "amsgrad") == {"learning_rate": 2e-4}  # which is the best of no seed but the last
+    put(mine[1], 0.0)
+    assert sweep.chosen("rte", "amsgrad") == {"learning_rate": 1e-4}
+    put(mine[3], 0.9, loss=math.nan)  # diverged with one seed
+    assert sweep.chosen("rte", "amsgrad") == {"learning_rate": 4e-4}
+    mine[8].record.unlink()
+    with pytest.raises(ValueError, match="8 of 9 trials of amsgrad on rte"):
+        sweep.chosen("rte", "amsgrad")
+    (first, *_) = [run for run in trials if run.axes["method"] == "adasam"]
+    _, _, args = sweep_glue.parse_run(first.words)
+    assert args.optim == "adasam" and args.resolved_rho == 0  # the baseline is in AdaSAM's own grid
+
+
+def test_a_choice_at_an_edge_stops_before_the_seeds(tmp_path, monkeypatch, capsys):
+    grid = {"amsgrad": {"learning_rate": [1e-4, 2e-4, 4e-4]}, "adasam": {"sam_rho": [0.0, 0.02, 0.05]}}
+    axes = {"task_name": ["rte"], "method": ["amsgrad", "adasam"], "seed": [1]}
+    path = write_sweep(tmp_path, axes=axes, **choice(seeds=[7], **grid))
+    trials = sweep_glue.Sweep(path).trials()
+    started = []
+    monkeypatch.setattr(sweep_glue, "prepare", lambda *_: None)
+    monkeypatch.setattr(sweep_glue, "execute", lambda run, *_: started.append(run.name))
+
+    def outcome(scores, *words):
+        started.clear()
+        for run, value in zip(trials, scores, strict=True):
+            put(run, value)
+        monkeypatch.setattr(sys, "argv", ["sweep_glue.py", str(path), *words])
+        return sweep_glue.main(), sorted(started), capsys.readouterr().err
+
+    inside, edge, zero = [0.6, 0.7, 0.5, 0.6, 0.7, 0.5], [0.6, 0.7, 0.8, 0.6, 0.7, 0.5], [0.6, 0.7, 0.5, 0.8, 0.7, 0.5]
+    finals = ["rte-adasam-1", "rte-amsgrad-1"]
+    assert outcome(inside)[:2] == (0, finals)
+    code, runs, said = outcome(edge)
+    assert (code, runs) == (1, []) and "chose learning_rate=0.0004, the highest of its grid" in said
+    assert "widen choose.grid.amsgrad.learning_rate, or pass --accept_edge" in said
+    assert outcome(edge, "--accept_edge")[:2] == (0, finals)
+    assert outcome(zero)[:2] == (0, finals)  # nothing is below a radius of 0
+
+
+def test_a_grid_without_an_inside_is_found_before_the_trials(tmp_path, monkeypatch, capsys):
+    path = write_sweep(tmp_path)
+    monkeypatch.setattr(sweep_glue, "prepare", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr(sys, "argv", ["sweep_glue.py", str(path)])
+    with pytest.raises(SystemExit):
+        sweep_glue.main()
+    assert "so that any choice is at an edge" in capsys.readouterr().err
+    grid = {"amsgrad": {"learning_rate": [1, 2, 3]}, "adasam": {"learning_rate": [1e-4], "sam_rho": [0.0, 0.1, 0.2]}}
+    assert not sweep_glue.Sweep(write_sweep(tmp_path, **choice(**grid))).blind()
+
+
+def test_a_part_of_the_tasks_and_methods(tmp_path):
+    path = write_sweep(tmp_path)
+    whole, part = sweep_glue.Sweep(path), sweep_glue.Sweep(path, tasks=["mrpc"], methods=["adasam"])
+    names = {run.name for run in [*whole.trials(), *whole.finals(lambda *key: {})]}
+    found = [run.name for run in [*part.trials(), *part.finals(lambda *key: {})]]
+    assert len(found) == 2 + 2 and set(found) <= names and all(n.startswith("mrpc-adasam") for n in found)
+    with pytest.raises(ValueError, match=r"has no method \['sam'\]; it has \['amsgrad', 'adasam'\]"):
+        sweep_glue.Sweep(path, methods=["sam"])
+
+
+def test_a_task_of_own_files(tmp_path, files):
+    train, validation, _ = (word.partition("=")[2] for word in files)
+    own = {"mine": {"train_file": train, "validation_file": validation, "max_train_samples": 10}}
+    axes = {"task_name": ["mine", "rte"], "method": ["amsgrad", "adasam"], "seed": [1]}
+    sweep = sweep_glue.Sweep(write_sweep(tmp_path, tasks=own, axes=axes))
+    run, *_ = sweep.trials()
+    assert run.arguments["task_name"] is None and run.arguments["train_file"] == train
+    assert sweep_glue.work(run) == 30  # rows
+    sweep_glue.prepare([run], [], [tmp_path])
+    for trial, value in zip(sweep.trials()[:2], (0.6, 0.7), strict=True):
+        trial.record.parent.mkdir(parents=True, exist_ok=True)
+        metrics = {"eval_accuracy": value, "eval_loss": 0.5}
+        content = {"arguments": trial.arguments, "axes": trial.axes, "metrics": metrics, "seconds_per_row": 0.5}
+        trial.record.write_text(json.dumps(content))
+    assert sweep.chosen("mine", "amsgrad") == {"learning_rate": "1e-4"}
+    Path(train).unlink()
+    with pytest.raises(FileNotFoundError, match=r"train_file=.*does not exist"):
+        sweep_glue.prepare([run], [], [tmp_path])
+
+
+def test_arguments_that_say_how_a_run_is_done_refuse_no_record(tmp_path):
+    how = {"report_to": "none", "save_steps": 7, "per_device_eval_batch_size": 3, "save_strategy": "no"}
+    path = write_sweep(tmp_path)
+    for run in sweep_glue.Sweep(path).trials():
+        put(run, 0.5)
+    arguments = yaml.safe_load(path.read_text())["arguments"]
+    sweep_glue.check(sweep_glue.Sweep(write_sweep(tmp_path, arguments=arguments | how)).trials())
+    with pytest.raises(ValueError, match="other arguments"):
+        sweep_glue.check(sweep_glue.Sweep(write_sweep(tmp_path, arguments=arguments | {"warmup_steps": 9})).trials())
+    found = [sweep_glue.comparable({"load_best_model_at_end": best, "save_steps": 7}) for best in (False, True)]
+    assert ["save_steps" in arguments for arguments in found] == [False, True]  # the best one is one of those saved
+    (run, *_) = sweep_glue.Sweep(write_sweep(tmp_path)).trials()
+    older = {k: v for k, v in run.arguments.items() if k not in ("label_noise", "sam_interval")}  # had no such thing
+    put(run, 0.5, arguments=older)
+    assert sweep_glue.check([run]) == []
+    put(run, 0.5, arguments=run.arguments | {"sam_interval": 2})
+    with pytest.raises(ValueError, match="other arguments"):
+        sweep_glue.check([run])
+
+
+def test_lists_and_nothing_as_arguments(tmp_path):
+    words = {"label_names": ["labels", "weights"], "subset_seed": "{seed}", "max_eval_samples": None}
+    arguments = {"do_eval": True, "model_name_or_path": "m"} | words
+    for run in sweep_glue.Sweep(write_sweep(tmp_path, choose=None, arguments=arguments)).finals(lambda *key: {}):
+        _, data, args = sweep_glue.parse_run(run.words)
+        assert args.label_names == ["labels", "weights"] and data.max_eval_samples is None
+        assert data.subset_seed == run.axes["seed"]
+
+
 def test_a_record_of_other_arguments_is_not_taken(tmp_path):
     config = tmp_path / "all.yaml"
     config.write_text("num_train_epochs: 3\n")
@@ -317,12 +477,51 @@ def test_a_record_of_another_device_is_taken(tmp_path):
 
 def test_a_file_that_is_no_record_is_named(tmp_path):
     run, *others = sweep_glue.Sweep(write_sweep(tmp_path)).trials()
-    run.record.parent.mkdir(parents=True)
-    for text in ("", "[]", '{"arguments": {}}'):
+    put(others[0], 0.5)
+    whole = json.loads(others[0].record.read_text())
+    without_loss = json.dumps(whole | {"metrics": {"eval_accuracy": 0.5}})
+    for text in ("", "[]", '{"arguments": {}}', without_loss, json.dumps(whole | {"axes": {}})):
         run.record.write_text(text)
         for use in (lambda: sweep_glue.check([run]), lambda: sweep_glue.estimate(others)):
             with pytest.raises(ValueError, match=f"{re.escape(run.record.name)} is no record of a run"):
                 use()
+
+
+def test_a_dry_run_calls_no_broken_record_finished(tmp_path, monkeypatch, capsys):
+    path = write_sweep(tmp_path)
+    final, *_ = sweep_glue.Sweep(path).finals(lambda *key: {"learning_rate": "1e-3"})
+    final.record.parent.mkdir(parents=True)
+    monkeypatch.setattr(sys, "argv", ["sweep_glue.py", str(path), "--dry_run"])
+    for text in ("", '{"arguments": {}'):
+        final.record.write_text(text)
+        with pytest.raises(SystemExit):
+            sweep_glue.main()
+        assert f"{final.record.name} is no record of a run" in capsys.readouterr().err
+
+
+def test_what_would_make_every_run_fail_is_found_before_the_first(tmp_path, tiny, glue, monkeypatch, capsys):
+    arguments = {"do_train": True, "model_name_or_path": tiny, "cache_dir": str(tmp_path / "c")}
+    path = write_sweep(tmp_path, arguments=arguments)
+    monkeypatch.setattr(sweep_glue, "execute", lambda *_: pytest.fail("a run was started"))
+
+    def error(path, folder):
+        words = ["sweep_glue.py", str(path), f"--dataset_name_or_path={folder}", "--accept_edge"]
+        monkeypatch.setattr(sys, "argv", words)
+        with pytest.raises(SystemExit):
+            sweep_glue.main()
+        return capsys.readouterr().err
+
+    with monkeypatch.context() as patch:  # a folder that is not there needs no look at the runs
+        patch.setattr(sweep_glue, "run_sweep", lambda *_: pytest.fail("too late"))
+        assert "dataset_name_or_path='./nowhere' is no folder" in error(path, "./nowhere")
+    assert "has no task 'mrpc', only ['rte']" in error(path, glue("rte"))
+    place = tmp_path / tmp_path.name / "records"
+    shutil.rmtree(place)
+    place.write_text("in the way")
+    assert str(place) in error(path, glue("rte"))
+    place.unlink()
+    missing = write_sweep(tmp_path, arguments=arguments | {"model_name_or_path": "./nowhere"})
+    assert "model_name_or_path='./nowhere' is no folder" in error(missing, glue("rte"))
 
 
 def test_a_model_to_start_from_that_is_gone_is_made_again(tmp_path):
@@ -335,17 +534,21 @@ def test_a_model_to_start_from_that_is_gone_is_made_again(tmp_path):
     assert run.finished
 
 
-def fake_run(tmp_path, monkeypatch, exits):
+def fake_run(tmp_path, monkeypatch, exits, logs=None, seconds=0.0):
     """`execute` with processes that end as told; 0 leaves a record."""
     path = write_sweep(tmp_path, choose=None)
     run, *_ = sweep_glue.Sweep(path).finals(lambda *key: {})
-    left, commands = list(exits), []
+    left, commands, logs = list(exits), [], list(logs or ["" for _ in exits])
 
-    def process(words, **kwargs):
+    def process(words, stdout, **kwargs):
         commands.append(words)
+        stdout.write(logs.pop(0) + "\n")
+        stdout.flush()
+        time.sleep(seconds)
         code = left.pop(0)
         if code == 0:
-            (run.folder / "record.json").write_text(json.dumps({"metrics": {"train_runtime": 5.0}}))
+            content = {"metrics": {"train_runtime": 5.0}, "arguments": run.arguments, "axes": run.axes}
+            (run.folder / "record.json").write_text(json.dumps(content))
         return SimpleNamespace(returncode=code)
 
     monkeypatch.setattr(sweep_glue.subprocess, "run", process)
@@ -360,12 +563,57 @@ def test_a_run_that_fails_once(tmp_path, monkeypatch, capsys):
     assert len(commands) == 2 and f"{run.name} failed, see" in capsys.readouterr().err
 
 
+def test_whether_a_run_failed_twice_for_one_reason(tmp_path, monkeypatch):
+    run, _ = fake_run(tmp_path, monkeypatch, [1, 1], logs=["Traceback\nValueError: no rows", "ValueError: no rows"])
+    with pytest.raises(sweep_glue.RunFailed, match="failed twice") as caught:
+        sweep_glue.execute(run, [])
+    assert caught.value.same and pickle.loads(pickle.dumps(caught.value)).same  # Ray sends it
+    run, _ = fake_run(tmp_path, monkeypatch, [1, 1], logs=["MemoryError", "ValueError: no rows"])
+    with pytest.raises(sweep_glue.RunFailed) as caught:
+        sweep_glue.execute(run, [])
+    assert not caught.value.same
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_trial_that_fails_for_good_stops_the_others(tmp_path, monkeypatch, same):
+    runs = sweep_glue.Sweep(write_sweep(tmp_path)).trials()
+    order = []
+
+    def fail(run, *_):
+        order.append(run.name)
+        time.sleep(0.05)
+        raise sweep_glue.RunFailed("failed twice", same)
+
+    monkeypatch.setattr(sweep_glue, "execute", fail)
+    for needed in (True, False):  # seeds do not need each other
+        order.clear()
+        engine = sweep_glue.Local(1)
+        failures = sweep_glue.do(runs, engine, [], needed=needed)
+        engine.close()
+        engine.pool.shutdown(wait=True)
+        stopped = needed and same
+        assert len(failures) == (1 if stopped else len(runs))
+        assert len(order) <= 2 if stopped else len(order) == len(runs)
+
+
+def test_two_sweeps_in_one_folder_do_a_run_once(tmp_path, monkeypatch):
+    run, commands = fake_run(tmp_path, monkeypatch, [0], seconds=0.3)
+    with ThreadPoolExecutor(2) as pool:
+        one, other = pool.map(lambda _: sweep_glue.execute(run, []), range(2))
+    assert one == other == json.loads(run.record.read_text()) and len(commands) == 1
+    assert not (run.folder / "record.json").exists()
+    run.record.write_text(json.dumps(one | {"arguments": run.arguments | {"weight_decay": 7.0}}))
+    with pytest.raises(ValueError, match="other arguments"):
+        sweep_glue.execute(run, [])
+
+
 def test_being_interrupted_or_killed_is_no_failure(tmp_path, monkeypatch):
     run, commands = fake_run(tmp_path, monkeypatch, [-signal.SIGINT, 0])
     with pytest.raises(RuntimeError, match="interrupted"):
         sweep_glue.execute(run, [])
     monkeypatch.setattr(sweep_glue, "last_complete", lambda folder: "checkpoint-3")  # it had got that far
     found = sweep_glue.execute(run, [])
+    assert json.loads(run.record.read_text()) == found and not (run.folder / "record.json").exists()
     assert found["attempts"] == 1 and found["resumed"] is True and found["seconds_per_row"] is None
     assert "--resume_from_checkpoint=last" in commands[1] and "--resume_from_checkpoint=last" not in commands[0]
 
@@ -379,6 +627,33 @@ def test_where_runs_lie(tmp_path):
     assert len(others | {ours}) == 3
     sweep = sweep_glue.Sweep(path, tmp_path / "a")
     assert f"--init_from={sweep.runs()}/mnli/mnli-adamw-1" in sweep.trials()[-1 - 3 * 4 * 3].words
+
+
+def test_a_scratch_folder(tmp_path):
+    path = Path("configs/sweeps/table1.yaml")
+    sweep = sweep_glue.Sweep(path, scratch=tmp_path / "scratch")
+    run = sweep.trials()[0]
+    assert run.folder.is_relative_to(tmp_path / "scratch") and run.record.is_relative_to("results/roberta-large")
+    assert any(
+        w == f"--init_from={tmp_path}/scratch/roberta-large/mnli/mnli-adamw-1" for r in sweep.trials() for w in r.words
+    )
+    here, there = (
+        [r.arguments for r in sweep_glue.Sweep(path, scratch=Path(folder)).trials()] for folder in ("a", tmp_path / "b")
+    )
+    assert here == there  # records do not depend on it
+
+
+def test_what_it_costs(tmp_path, tiny):
+    arguments = {"do_train": True, "model_name_or_path": tiny, "max_train_samples": 100, "save_strategy": "epoch"}
+    path = write_sweep(tmp_path, arguments=arguments, choose=None)
+    run, *_ = sweep_glue.Sweep(path).finals(lambda *key: {})
+    weights = sum(p.numel() for p in BertForSequenceClassification.from_pretrained(tiny).parameters())
+    assert sweep_glue.checkpoint_size(run) == 4 * weights * 4  # in float32: w, m, v and v̂
+    assert sweep_glue.cost([run]) == f"0.00 M rows, ? h, {16 * weights / 1e9:.1f} GB a checkpoint"
+    write_sweep(tmp_path, arguments=arguments | {"save_strategy": "no"}, choose=None)
+    assert sweep_glue.checkpoint_size(sweep_glue.Sweep(path).finals(lambda *key: {})[0]) == 0
+    write_sweep(tmp_path, arguments=arguments | {"model_name_or_path": "nowhere"}, choose=None)
+    assert sweep_glue.checkpoint_size(sweep_glue.Sweep(path).finals(lambda *key: {})[0]) is None
 
 
 def test_the_time_that_is_left(tmp_path):
@@ -404,6 +679,7 @@ def test_dry_run_says_what_would_run(tmp_path, capsys, monkeypatch):
     assert "trials: 8 runs, 1 finished; time left: about" in said and "runs: 8 runs, 0 finished" in said
     assert "rte   amsgrad  1/2" in said and "hours with 1 at once" in said
     assert said.count("(a trial's; to be chosen)") == 4
+    assert "2/2" not in said and "M rows" in said and "? GB a checkpoint" in said  # of a model that is nowhere
     for run, score in zip(sweep_glue.Sweep(path).trials()[:2], (0.5, 0.6), strict=True):
         put(run, score)
     monkeypatch.setattr(sys, "argv", ["sweep_glue.py", str(path), "--dry_run", "--engine=ray"])
@@ -466,7 +742,7 @@ def records_of(tmp_path):
 def test_a_sweep_chooses_runs_records_and_skips(tmp_path, tiny, glue, capfd):
     path = real_sweep(tmp_path, tiny)
     folder = glue("rte")
-    done = subprocess.run(command(path, folder, "--jobs=2"), env=environment(), timeout=SECONDS)
+    done = subprocess.run(command(path, folder, "--jobs=2", "--accept_edge"), env=environment(), timeout=SECONDS)
     assert done.returncode == 0, capfd.readouterr().err
     sweep = sweep_glue.Sweep(path)
     records = records_of(tmp_path)
@@ -558,12 +834,16 @@ def test_ctrl_c(tmp_path, tiny, glue):
 @pytest.mark.slow
 def test_a_run_that_fails_is_tried_again_and_reported(tmp_path, tiny, glue):
     path = real_sweep(
-        tmp_path, tiny, choose=None, axes={"task_name": ["mrpc", "rte"], "method": ["adasam"], "seed": [1]}
+        tmp_path,
+        tiny,
+        choose=None,
+        axes={"task_name": ["mrpc", "rte"], "method": ["adasam"], "seed": [1]},
+        when=[{"task_name": ["mrpc"], "arguments": {"held_out_samples": 500}}],  # of 24
     )
     done = subprocess.run(
-        command(path, glue("rte")), env=environment(), timeout=SECONDS, capture_output=True, text=True
+        command(path, glue("mrpc", "rte")), env=environment(), timeout=SECONDS, capture_output=True, text=True
     )
-    assert done.returncode == 1 and "FAILED mrpc-adasam-1" in done.stderr and "no task 'mrpc'" in done.stderr
+    assert done.returncode == 1 and "FAILED mrpc-adasam-1" in done.stderr and "held_out_samples=500" in done.stderr
     assert "1 failed" in done.stderr
     assert set(records_of(tmp_path)) == {"rte-adasam-1"}  # the others went on
     (run, _) = sweep_glue.Sweep(path).finals(lambda *key: {})

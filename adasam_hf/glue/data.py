@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from datasets import ClassLabel, Dataset, DatasetDict, get_dataset_config_names, load_dataset
+from datasets.exceptions import DatasetGenerationError
 
 from .tasks import Task
 
@@ -72,7 +73,7 @@ def load_files(
 
     Raises:
         FileNotFoundError: for a missing file.
-        ValueError: for an unknown format or column, a missing split, or a bad label.
+        ValueError: for an unknown format or column, a file that is empty or broken, a missing split, or a bad label.
     """
     data = DatasetDict()
     for split, name in files.items():
@@ -81,11 +82,7 @@ def load_files(
             raise FileNotFoundError(f"{split}_file={name!r} does not exist")
         if path.suffix not in FILE_FORMATS:
             raise ValueError(f"{split}_file={name!r} must end in one of {', '.join(FILE_FORMATS)}")
-        # "NA" and "null" are words; and in a TSV, as GLUE has them, so is a quotation mark.
-        options = {"keep_default_na": False, "na_values": [""]} if FILE_FORMATS[path.suffix] == "csv" else {}
-        if path.suffix == ".tsv":
-            options |= {"sep": "\t", "quoting": csv.QUOTE_NONE}
-        data[split] = load_dataset(FILE_FORMATS[path.suffix], data_files=str(path), split="train", **options)
+        data[split] = _read_file(path, f"{split}_file={name!r}")
     if "train" not in data:
         raise ValueError("train_file is not set, and it defines the labels; pass it also where nothing is trained")
 
@@ -103,8 +100,35 @@ def load_files(
             raise ValueError(f"text_column_names is not set, and these could be meant: {texts}; name one or two")
     data = DatasetDict({s: _named_label(rows, label_column) for s, rows in data.items()})
     task = _infer_task(data["train"], tuple(texts)) if task is None else replace(task, texts=tuple(texts))
-    data = DatasetDict({split: _indexed(rows, task) for split, rows in data.items()})
+    data = DatasetDict(
+        {
+            split: _indexed(rows, task, f"{split}_file={files[split]!r}", hidden=split == "test")
+            for split, rows in data.items()
+        }
+    )
     return task, _checked(data, task, splits, "the files")
+
+
+def _read_file(path: Path, where: str) -> Dataset:
+    """
+    Raises:
+        ValueError: if the file has no rows, or is not what its suffix says.
+    """
+    # "NA" and "null" are words; and in a TSV, as GLUE has them, so is a quotation mark.
+    options = {"keep_default_na": False, "na_values": [""]} if FILE_FORMATS[path.suffix] == "csv" else {}
+    if path.suffix == ".tsv":
+        options |= {"sep": "\t", "quoting": csv.QUOTE_NONE}
+    if not path.read_bytes().strip():
+        raise ValueError(f"{where} is empty; it takes one row for each text and its label")
+    try:
+        return load_dataset(FILE_FORMATS[path.suffix], data_files=str(path), split="train", **options)
+    except DatasetGenerationError as error:
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise ValueError(f"{where} is no {path.suffix[1:].upper()} that can be read: {reason}") from error
+    except ValueError as error:
+        if "corresponds to no data" not in str(error):
+            raise
+        raise ValueError(f"{where} has no rows; it takes one for each text and its label") from error
 
 
 def _is_text(feature: object) -> bool:
@@ -128,20 +152,35 @@ def _infer_task(train: Dataset, texts: tuple[str, ...]) -> Task:
     if any(isinstance(v, float) for v in values):
         labels, metrics = (), ("pearson", "spearmanr")
     else:
+        if none := sorted({str(v) for v in values if v == -1 or str(v).strip().lower() == "nan"}):
+            raise ValueError(
+                f"training labels have {', '.join(map(repr, none))}, which mostly stands for a label that is unknown; "
+                "remove those rows, or, if it is a class, give it a name in words"
+            )
         labels, metrics = tuple(str(v) for v in sorted(values)), ("accuracy",)
         if len(labels) < 2:
             raise ValueError(f"all training labels are {labels[0]!r}; there is nothing to learn from one class")
     return Task("custom", texts, labels, metrics, (("test", "predictions.tsv"),), named_labels=True)
 
 
-def _indexed(rows: Dataset, task: Task) -> Dataset:
-    """Label names → indices. Names that the task does not have become -1, which `_checked` reports."""
+def _indexed(rows: Dataset, task: Task, where: str, hidden: bool) -> Dataset:
+    """Label names → indices.
+
+    hidden: the labels are never read, whatever they are.
+
+    Raises:
+        ValueError: for a name that the task does not have.
+    """
     if "label" not in rows.column_names or task.is_regression:
         return rows
+    if not (_is_text(rows.features["label"]) or task.name == "custom"):
+        return rows
     index = {name: i for i, name in enumerate(task.labels)}
-    by_name = _is_text(rows.features["label"]) or task.name == "custom"
-    labels = [index.get(str(v), -1) if by_name else v for v in rows["label"]]
-    return rows.remove_columns("label").add_column("label", labels)
+    names = rows["label"][:]
+    for row, name in enumerate(names):
+        if str(name) not in index and not hidden:
+            raise ValueError(f"{where}: row {row} has label {name!r}, which is not one of {task.labels}")
+    return rows.remove_columns("label").add_column("label", [index.get(str(name), -1) for name in names])
 
 
 def _checked(data: DatasetDict, task: Task, splits: Iterable[str], where: str) -> DatasetDict:

@@ -1,11 +1,14 @@
 """GLUE's metrics for a Trainer."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import evaluate
 import numpy as np
+from scipy.special import log_softmax
 from transformers import EvalPrediction
+
+BINS = 15  # of equal width, of the confidence
 
 
 def predictions_of(logits: np.ndarray | tuple, is_regression: bool) -> np.ndarray:
@@ -29,3 +32,74 @@ def make_compute_metrics(names: Sequence[str], is_regression: bool) -> Callable[
         return scores
 
     return compute_metrics
+
+
+def cross_entropy(logits: np.ndarray, labels: np.ndarray) -> float:
+    """Mean of -log p(label), in nats: the loss on these rows, whatever the loss in training was (label smoothing)."""
+    return float(-log_softmax(np.asarray(logits, dtype=np.float64), axis=-1)[np.arange(len(labels)), labels].mean())
+
+
+def reliability(logits: np.ndarray, labels: np.ndarray) -> list[dict[str, float]]:
+    """Rows by the probability of the predicted class, in `BINS` bins: of each bin that has rows their count, mean
+    confidence and accuracy."""
+    probabilities = np.exp(log_softmax(np.asarray(logits, dtype=np.float64), axis=-1))
+    confidence, right = probabilities.max(axis=-1), probabilities.argmax(axis=-1) == labels
+    place = np.minimum((confidence * BINS).astype(int), BINS - 1)
+    return [
+        {
+            "count": int((place == i).sum()),
+            "confidence": float(confidence[place == i].mean()),
+            "accuracy": float(right[place == i].mean()),
+        }
+        for i in range(BINS)
+        if (place == i).any()
+    ]
+
+
+def calibration_error(bins: Sequence[dict[str, float]]) -> float:
+    """Expected calibration error, in [0, 1]: mean of |accuracy - confidence| over rows, bin by bin of `reliability`."""
+    rows = sum(found["count"] for found in bins)
+    return sum(found["count"] * abs(found["accuracy"] - found["confidence"]) for found in bins) / rows
+
+
+def merged(bins: Iterable[dict[str, float]]) -> list[dict[str, float]]:
+    """The bins of several runs' `reliability` as one's, from the lowest confidence on."""
+    found: dict[int, list[dict[str, float]]] = {}
+    for one in bins:
+        found.setdefault(min(int(one["confidence"] * BINS), BINS - 1), []).append(one)
+    out = []
+    for _, same in sorted(found.items()):
+        count = sum(one["count"] for one in same)
+        means = {key: sum(one["count"] * one[key] for one in same) / count for key in ("confidence", "accuracy")}
+        out.append({"count": count, **means})
+    return out
+
+
+def constant_loss(labels: Sequence[float], is_regression: bool) -> float:
+    """The loss of the best constant answer to these labels: their entropy in nats; of numbers their variance. A model
+    whose loss is not below has learned nothing."""
+    if is_regression:
+        return float(np.var(labels))
+    shares = np.unique(labels, return_counts=True)[1] / len(labels)
+    return float(-(shares * np.log(shares)).sum())
+
+
+class Evaluation:
+    """`compute_metrics` of a run: the task's official metrics and, of a classifier, `cross_entropy` and
+    `calibration_error`; the bins of the last rows stay in `reliability`. Logits that are not finite have neither."""
+
+    def __init__(self, names: Sequence[str], is_regression: bool):
+        self.official = make_compute_metrics(names, is_regression)
+        self.is_regression = is_regression
+        self.reliability: list[dict[str, float]] = []
+
+    def __call__(self, output: EvalPrediction) -> dict[str, float]:
+        scores = self.official(output)
+        logits = output.predictions[0] if isinstance(output.predictions, tuple) else output.predictions
+        labels = np.asarray(output.label_ids)
+        self.reliability = []
+        if not self.is_regression and np.isfinite(logits).all():
+            self.reliability = reliability(logits, labels)
+            scores["cross_entropy"] = cross_entropy(logits, labels)
+            scores["calibration_error"] = calibration_error(self.reliability)
+        return scores

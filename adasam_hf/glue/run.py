@@ -4,12 +4,14 @@ import itertools
 import json
 import re
 import sys
+import tempfile
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import transformers
 import yaml
 from datasets import Dataset, DatasetDict
@@ -30,11 +32,12 @@ from ..sharpness import sam_gap
 from ..trainer import AdaSAMTrainer
 from ..training_args import AdaSAMTrainingArguments
 from .data import load_files, load_task, resolve_path
-from .metrics import make_compute_metrics, predictions_of
+from .metrics import Evaluation, constant_loss, predictions_of
 from .record import provenance, write_record
 from .tasks import TASKS, Task, get_task
 
 GAP_BATCHES = 4
+logger = transformers.utils.logging.get_logger(__name__)
 
 
 @dataclass
@@ -98,6 +101,20 @@ class DataArguments:
             "ones), instead of the validation split: for choosing hyperparameters."
         },
     )
+    selection_samples: int | None = field(
+        default=None,
+        metadata={
+            "help": "Do not train on the last so many training rows, but evaluate on them during training, so that "
+            "load_best_model_at_end keeps what is best on them; the scores at the end are of other rows."
+        },
+    )
+    label_noise: float | None = field(
+        default=None,
+        metadata={
+            "help": "Give this share of the training rows another label, drawn by subset_seed (unset: 0). Rows that "
+            "are evaluated keep theirs."
+        },
+    )
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on the first so many rows only."})
     max_predict_samples: int | None = field(default=None, metadata={"help": "Predict the first so many rows only."})
     measure_gap: float | None = field(
@@ -122,6 +139,7 @@ class DataArguments:
             "max_seq_length",
             "max_train_samples",
             "held_out_samples",
+            "selection_samples",
             "max_eval_samples",
             "max_predict_samples",
         ):
@@ -130,6 +148,8 @@ class DataArguments:
                 raise ValueError(
                     f"{name}={value!r} must be at least 1" + ("" if name == "max_seq_length" else ", or unset")
                 )
+        if self.label_noise is not None and not 0 <= self.label_noise <= 1:
+            raise ValueError(f"label_noise={self.label_noise!r} must be a share in [0, 1], or unset; try 0.2")
         if self.measure_gap is not None and not 0 < self.measure_gap < float("inf"):
             raise ValueError(f"measure_gap={self.measure_gap!r} must be a finite radius > 0, or unset; try 0.05")
 
@@ -151,12 +171,15 @@ def config_tokens(path: str, known: set[str]) -> list[str]:
 
     Raises:
         FileNotFoundError: without the file.
-        ValueError: if it is no mapping, or has a key that is not `known`.
+        ValueError: if it is no YAML or no mapping, or has a key that is not `known`.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"config={path!r} does not exist")
     text = Path(path).read_text(encoding="utf-8")
-    typed, plain = yaml.safe_load(text), yaml.load(text, Loader=yaml.BaseLoader)
+    try:
+        typed, plain = yaml.safe_load(text), yaml.load(text, Loader=yaml.BaseLoader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"config={path!r} is no YAML that can be read: {' '.join(str(error).split())}") from error
     if not isinstance(typed, dict):
         raise ValueError(f"config={path!r} must be a mapping of argument names to values")
     if unknown := sorted(set(typed) - known):
@@ -207,47 +230,53 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: GlueTraining
     """Train, evaluate and predict as asked.
 
     Writes to ``args.output_dir``: the model, `all_results.json`, GLUE's submission files, a model card and
-    `record.json`, which has all that is needed to do the run again.
+    `record.json`, which has all that is needed to do the run again; that of an earlier run stays, as `record-1.json`
+    and so on.
     """
     origin = provenance()  # of the code that runs, not of what it has become when the run ends
+    _prepare_folder(Path(args.output_dir))
     checkpoint = _find_checkpoint(args)
     task, data = _load_data(data_args, args, model_args)
     set_seed(args.seed)
     model, tokenizer = _load_model(model_args, task, args.do_train)
     data = _tokenize(data, task, tokenizer, data_args, args)
+    compute_metrics = Evaluation(task.metrics, task.is_regression)
 
     trainer = AdaSAMTrainer(
         model=model,
         args=args,
         train_dataset=data["train"] if args.do_train else None,
-        eval_dataset=data[task.evaluations[0][0]] if args.do_eval else None,
+        eval_dataset=data.get("selection", data[task.evaluations[0][0]] if args.do_eval else None),
         processing_class=tokenizer,
         data_collator=DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8),
-        compute_metrics=make_compute_metrics(task.metrics, task.is_regression),
+        compute_metrics=compute_metrics,
     )
     # Classification heads take **kwargs, so the Trainer believes that they divide by num_items_in_batch. They do not:
     # it would sum over micro-batches, and results would depend on how a batch is split.
     trainer.model_accepts_loss_kwargs = False
 
-    metrics: dict[str, float] = {}
+    metrics: dict[str, Any] = {}
     if args.do_train:
         metrics |= trainer.train(resume_from_checkpoint=checkpoint).metrics
         metrics["train_samples"] = len(data["train"])
+        metrics["train_constant_loss"] = constant_loss(data["train"]["label"][:], task.is_regression)
         trainer.save_model()
         trainer.log_metrics("train", metrics)
         trainer.save_metrics("train", metrics)
         trainer.save_state()
     if args.do_eval:
         scores: dict[str, float] = {}
+        bins: dict[str, list] = {}
         for split, suffix in reversed(task.evaluations):  # the main one last: the model card shows the last
             found = trainer.evaluate(data[split], metric_key_prefix=f"eval{suffix}")
             scores |= {
                 name.replace(f"eval{suffix}_", "eval_") + suffix: v for name, v in found.items() if name != "epoch"
             }
             scores[f"eval_samples{suffix}"] = len(data[split])
+            bins[f"eval_reliability{suffix}"] = compute_metrics.reliability
         trainer.log_metrics("eval", scores)
         trainer.save_metrics("eval", scores)
-        metrics |= scores
+        metrics |= scores | bins
     if args.do_predict:
         for split, file in task.submissions:
             rows = data[split]
@@ -272,6 +301,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: GlueTraining
     else:
         trainer.create_model_card(**card)
     if trainer.is_world_process_zero():
+        _keep_older_record(Path(args.output_dir))
         write_record(Path(args.output_dir) / "record.json", origin, trainer, (model_args, data_args), metrics)
     return trainer
 
@@ -286,6 +316,23 @@ def write_submission(path: Path, task: Task, predictions: Iterable) -> None:
             else:
                 text = task.labels[value] if task.named_labels else str(int(value))
             file.write(f"{index}\t{text}\n")
+
+
+def _prepare_folder(folder: Path) -> None:
+    """Notice before the run, not after, that nothing can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"output_dir={str(folder)!r} cannot be written to ({error}); give another one") from error
+
+
+def _keep_older_record(folder: Path) -> None:
+    if (folder / "record.json").exists():
+        number = next(n for n in itertools.count(1) if not (folder / f"record-{n}.json").exists())
+        (folder / "record.json").rename(folder / f"record-{number}.json")
+        logger.warning("%s has the record of an earlier run, which is now record-%d.json", folder, number)
 
 
 def _find_checkpoint(args: GlueTrainingArguments) -> str | None:
@@ -339,7 +386,30 @@ def _load_data(
     # Only what is used is tokenized.
     counts = {"train": data_args.max_train_samples, **dict.fromkeys(evaluations, data_args.max_eval_samples)}
     counts |= dict.fromkeys(tests, data_args.max_predict_samples)
-    return task, DatasetDict({split: _head(data[split], counts[split]) for split in splits})
+    data = DatasetDict({split: _head(data[split], counts[split]) for split in splits})
+    if data_args.label_noise and args.do_train:
+        data["train"] = _with_other_labels(data["train"], task, data_args.label_noise, data_args.subset_seed or 0)
+    if data_args.selection_samples and args.do_train:
+        count = len(data["train"]) - data_args.selection_samples
+        if count < 1:
+            raise ValueError(
+                f"selection_samples={data_args.selection_samples!r} leaves none of the {len(data['train'])} training "
+                "rows to train on; lower it"
+            )
+        data["selection"] = data["train"].select(range(count, len(data["train"])))
+        data["train"] = data["train"].select(range(count))
+    return task, data
+
+
+def _with_other_labels(rows: Dataset, task: Task, share: float, seed: int) -> Dataset:
+    """The rows, of which this share has another class, each of the others with the same probability."""
+    if task.is_regression:
+        raise ValueError(f"label_noise={share!r} needs classes, and {task.name} is a regression; leave it unset")
+    labels, random = np.array(rows["label"]), np.random.default_rng(seed)
+    chosen = random.choice(len(labels), round(share * len(labels)), replace=False)
+    classes = len(task.labels)
+    labels[chosen] = (labels[chosen] + random.integers(1, classes, size=len(chosen))) % classes
+    return rows.remove_columns("label").add_column("label", labels.tolist(), feature=rows.features["label"])
 
 
 def _load_model(

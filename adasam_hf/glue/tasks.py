@@ -90,3 +90,11 @@ def get_task(name: str) -> Task:
     if name not in TASKS:
         raise ValueError(f"task_name={name!r} is no GLUE task; choose one of {', '.join(TASKS)}")
     return TASKS[name]
+
+
+def score(name: str, metrics: Mapping[str, float]) -> float:
+    """`Task.score` of a task by its name. A name that GLUE does not have is one of own files: the accuracy counts, and
+    where the labels are numbers the mean of the two correlations."""
+    if name in TASKS:
+        return TASKS[name].score(metrics)
+    return metrics["eval_accuracy"] if "eval_accuracy" in metrics else metrics["eval_combined_score"]
