@@ -19,6 +19,7 @@ _HOME = {
     "AdaSAMSeq2SeqTrainer": "trainer",
     "SharpnessAwareTrainerMixin": "trainer",
     "patch": "patching",
+    "SharpnessAwareLoop": "loop",
 }
 __all__ = [
     "AdaSAM",
@@ -28,12 +29,14 @@ __all__ = [
     "AdaSAMTrainingArguments",
     "Perturbation",
     "SharpnessAwareArgumentsMixin",
+    "SharpnessAwareLoop",
     "SharpnessAwareTrainerMixin",
     "__version__",
     "patch",
 ]
 
 if TYPE_CHECKING:  # type checkers do not execute the function below
+    from .loop import SharpnessAwareLoop
     from .optim import AdaSAM
     from .patching import patch
     from .perturbation import Perturbation

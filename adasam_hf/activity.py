@@ -55,8 +55,11 @@ def _add(name: str, count: int) -> None:
     _here[name] += count
     if (path := os.environ.get(FILE)) and os.getpid() != _owner:
         # One short write to a file that is open for appending: lines of several processes do not mix.
-        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         try:
-            os.write(file, f"{name} {count}\n".encode("ascii"))
-        finally:
-            os.close(file)
+            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+            try:
+                os.write(file, f"{name} {count}\n".encode("ascii"))
+            finally:
+                os.close(file)
+        except OSError:  # another machine's folder, a full disk: a line at the end is not worth a training
+            del os.environ[FILE]

@@ -21,6 +21,8 @@ logger = logging.get_logger(__name__)
 ADASAM_NAMES = ("adasam", "amsgrad")
 ADASAM_DEFAULTS = {"adam_beta2": 0.98, "adam_epsilon": 1e-6}
 
+_SAM_FLOATS = {"sam_rho", "sam_ascent_fraction", "sam_start", "sam_end"}
+
 _default_floats: dict[float, float] = {}
 
 if TYPE_CHECKING:  # what the mixin finds behind it
@@ -59,6 +61,8 @@ class AdamDefaultsMixin(_Base):
     adam_defaults: dict[str, float] | None = field(default=None, metadata={"help": argparse.SUPPRESS})
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name in _SAM_FLOATS and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)  # a hyperparameter search converts each value to the type of the one before
         super().__setattr__(name, value)
         if name == "optim" or name in ADASAM_DEFAULTS:
             self._follow_optimizer()

@@ -46,7 +46,11 @@ class StepMetrics:
             losses: ``clean`` and ``sam``, sums over micro-batches at w and at w + δ.
         """
         moved = torch.isfinite(norm) & (norm > 0)
-        values: dict[str, Any] = {"steps": torch.full_like(norm, share), **losses}
+        # (In float64, so that 500 times a sixth of a step are whole steps.)
+        wide = torch.float32 if norm.device.type == "mps" else torch.float64
+        values: dict[str, Any] = {"steps": torch.full_like(norm, share, dtype=wide), **losses}
+        if losses:  # the direction is a gradient
+            values["ascents"] = values["steps"]
         if applied is not None:
             values |= {"applied": applied * share}
         for name, value in values.items():
@@ -67,7 +71,7 @@ class StepMetrics:
 
         Every process must be here, as for the mean of the loss that the Trainer takes. Waits for the device.
         """
-        names = ("steps", "clean", "sam", "norm", "applied", "still", "has_norm", "has_applied", "share")
+        names = ("steps", "ascents", "clean", "sam", "norm", "applied", "still", "has_norm", "has_applied", "share")
         zero = torch.zeros((), device=accelerator.device)
         sums: dict[str, Any] = dict(self._sums)
         sums["has_norm"] = (sums["norm"] > 0) if "norm" in sums else zero
@@ -77,8 +81,8 @@ class StepMetrics:
         row = torch.stack([torch.as_tensor(sums.get(name, zero)).to(zero.device, wide) for name in names])
         total = dict(zip(names, accelerator.reduce(row, "sum").tolist(), strict=True))
         values: dict[str, float] = {}
-        if total["has_norm"] and total["steps"]:
-            loss, sam_loss = total["clean"] / total["steps"], total["sam"] / total["steps"]
+        if total["has_norm"] and total["ascents"]:
+            loss, sam_loss = total["clean"] / total["ascents"], total["sam"] / total["ascents"]
             values = {"sam_loss": sam_loss, "sam_gap": sam_loss - loss}
             values["sam_grad_norm"] = total["norm"] / total["has_norm"]
         if total["has_applied"]:

@@ -20,7 +20,7 @@ from .plan import Planner
 from .rows import choose_rows, is_paired
 from .step import TwoPassStep
 from .synchronization import Synchronization, ascends_per_process
-from .window import StepPlan, Window
+from .window import Window
 
 logger = logging.get_logger(__name__)
 
@@ -100,11 +100,12 @@ class SharpnessAwareRun:
         """Choose what the ascent sees of each micro-batch."""
         share, least = self.args.resolved_ascent_fraction, self.args.sam_ascent_min_rows
         paired = is_paired(trainer)
-        # The last micro-batch always takes part: its backward pass is the one that sends gradients. In scope microbatch
-        # each has an ascent of its own.
-        parts = [list(reversed(window))] if self.args.sam_scope == "batch" else [[one] for one in reversed(window)]
+        # In scope microbatch each micro-batch has an ascent of its own. FSDP2 gathers weights in every forward pass, so
+        # that no process may leave one out.
+        apart = self.args.sam_scope == "microbatch" or trainer.accelerator.is_fsdp2
+        parts = [[one] for one in window] if apart else [list(window)]
         chosen = [choose_rows(part, share, least, paired=paired) for part in parts]
-        window.ascent_inputs = [batch for part in chosen for batch in part.batches][::-1]
+        window.ascent_inputs = [batch for part in chosen for batch in part.batches]
         seen = [batch for batch in window.ascent_inputs if batch is not None]
         window.ascent_share = sum(part.share * part.total for part in chosen) / sum(part.total for part in chosen)
         self._ascent_items = trainer._get_num_items_in_batch(seen, trainer.args.device)
@@ -122,6 +123,11 @@ class SharpnessAwareRun:
             self.begin_step(trainer, [inputs])
         window = self._window
         if not window.begun:
+            if window.plan.perturbs:
+                # As the stock step does, and before the weights move: some optimizers (ScheduleFree) swap them here.
+                model.train()
+                if callable(train := getattr(trainer.optimizer, "train", None)):
+                    train()
             # Callbacks have been told that the step begins, and may have thawed layers, or added a group.
             window.begun = True
             self._plan(trainer, window)
@@ -130,15 +136,18 @@ class SharpnessAwareRun:
         if window.ascent_inputs is not None:
             micro_batches = sum(batch is not None for batch in window.ascent_inputs)
             ascent = partial(ascent_step, self._ascent_items, micro_batches)
-        return self.step(window, inputs, stock_step, self._synchronization(trainer, model, window.plan), ascent)
+        return self.step(window, inputs, stock_step, self._synchronization(trainer, model, window), ascent)
 
     def finish_step(self, trainer: SharpnessAwareTrainer, model: nn.Module) -> None:
         """Before the update: see to what a trainer has left of the window."""
         if self._stock_step is not None:
-            self.step.finish(self._window, self._stock_step, self._synchronization(trainer, model, self._window.plan))
+            self.step.finish(self._window, self._stock_step, self._synchronization(trainer, model, self._window))
 
-    def _synchronization(self, trainer: SharpnessAwareTrainer, model: nn.Module, plan: StepPlan) -> Synchronization:
-        return Synchronization(trainer.accelerator, model, ascends_per_process(self.args), plan.chosen is not None)
+    def _synchronization(self, trainer: SharpnessAwareTrainer, model: nn.Module, window: Window) -> Synchronization:
+        # Which micro-batches take part in an ascent over a share of the rows is each process's own affair.
+        some = window.ascent_inputs is not None and not trainer.accelerator.is_fsdp2
+        partial_ascent = window.plan.chosen is not None or some
+        return Synchronization(trainer.accelerator, model, ascends_per_process(self.args), partial_ascent)
 
     @property
     def first_pass_cost(self) -> float:

@@ -195,7 +195,7 @@ class TwoPassStep:
         plan, passes = window.plan, window.take_passes()
         leftover, window.leftover = window.leftover, {}
         losses, window.losses = window.losses, []
-        trainable = [p for p in (plan.chosen or optimized(self._optimizer)) if p.requires_grad]
+        trainable = [p for p in (optimized(self._optimizer) if plan.chosen is None else plan.chosen) if p.requires_grad]
         sync.finish_ascent(trainable)
         have_gradient = {p for p in trainable if p.grad is not None}
         if self.previous is not None and plan.direction is not None:
@@ -219,15 +219,15 @@ class TwoPassStep:
         if norm is None:
             self.metrics.reasons.add(NO_GRADIENT)
             return
-        if plan.chosen is not None and self._restrict and repeat:
+        if plan.chosen is not None and self._restrict:
             self._look_for_hidden(set(trainable) - have_gradient - set(leftover))
         share = len(passes) / len(window) if self._scope == "microbatch" else 1.0
         self.metrics.perturbed(
             norm / self._loss_scale(),
             share,
             self.perturbation.applied,
-            clean=reduce(torch.add, losses),
-            sam=reduce(torch.add, sam_losses),
+            clean=_total(losses, norm),
+            sam=_total(sam_losses, norm),
         )
 
     def _perturbed(self, plan: StepPlan) -> AbstractContextManager[Tensor]:
@@ -268,6 +268,11 @@ class TwoPassStep:
                 "reentrant gradient checkpointing hides them where its inputs need no gradient. From now on the first "
                 "pass computes the gradients of all parameters, which takes longer; use_reentrant=False avoids that"
             )
+
+
+def _total(losses: list[Tensor], like: Tensor) -> Tensor:
+    """Their sum, no less precise than `like`: half precision would lose most of a long log interval."""
+    return reduce(torch.add, [loss.to(torch.promote_types(loss.dtype, like.dtype)) for loss in losses])
 
 
 def _versions(inputs: Any) -> dict[str, tuple[Tensor, int]]:

@@ -139,6 +139,8 @@ class SharpnessAwareTrainerMixin(ModelCardMixin, CompleteCheckpointsMixin, _Base
     # ---- one training ----
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        if self._run is not None:  # of steps taken by hand
+            self._run.step.perturbation.release()
         self._run = None
         try:
             output = super()._inner_training_loop(*args, **kwargs)
@@ -148,9 +150,9 @@ class SharpnessAwareTrainerMixin(ModelCardMixin, CompleteCheckpointsMixin, _Base
         finally:
             if self._run is not None:
                 # An interrupt can strike between any two instructions of training_step, its own `finally` included.
-                self._run.step.perturbation.release()
-                activity.record(self._run.perturbed_here)
-            self._run = None
+                run, self._run = self._run, None
+                run.step.perturbation.release()
+                activity.record(run.perturbed_here)
 
     def _running(self) -> SharpnessAwareRun:
         """The present run. It begins before the first step, when a checkpoint may have brought a radius along."""
@@ -206,7 +208,10 @@ class SharpnessAwareTrainerMixin(ModelCardMixin, CompleteCheckpointsMixin, _Base
         # As the Trainer does for its own loss, and with a collective as there: all processes are here.
         if self._run is not None and self.control.should_log and self.state.global_step > self._globalstep_last_logged:
             self._log_entries = self._run.read_metrics(self)
-        super()._maybe_log_save_evaluate(*args, **kwargs)
+        try:
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+        finally:
+            self._log_entries = {}
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As in Transformers, with the ``sam_*`` values beside the Trainer's own training loss."""

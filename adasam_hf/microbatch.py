@@ -1,0 +1,116 @@
+"""One call of a loss function that can be made a second time, and whether it would be the same call."""
+
+import copy
+import dis
+from collections.abc import Callable, Iterator, MutableMapping
+from functools import lru_cache, partial
+from types import CodeType
+from typing import Any
+
+from torch import Tensor
+
+LossFunction = Callable[..., Tensor]
+
+
+class MicroBatch:
+    """`loss_fn` with its inputs, for both passes.
+
+    Raises:
+        TypeError: if `loss_fn` cannot be called, there is no input, or an input is already a result of the model.
+    """
+
+    def __init__(self, loss_fn: LossFunction, inputs: tuple[Any, ...]) -> None:
+        if not callable(loss_fn):
+            raise TypeError(
+                f"loss_fn={type(loss_fn).__name__} must be a function, as both passes call it: "
+                "sam.backward(lambda batch: model(**batch).loss, batch)"
+            )
+        if not inputs:
+            raise TypeError(
+                "loss_fn has no inputs, so a second pass that comes after other micro-batches would see the last one's "
+                "(a function reads the variables around it when it is called); pass them as arguments: "
+                "sam.backward(loss_fn, batch)"
+            )
+        self._loss_fn, self._inputs = loss_fn, _copy(inputs)
+        for name, tensor in self.items():
+            if tensor.grad_fn is not None:
+                raise TypeError(
+                    f"input {name} of loss_fn has been computed from weights, whose gradient the second pass could not "
+                    "take again; pass what the model takes, and call the model inside loss_fn"
+                )
+        self._seen: tuple[dict[str, Any], dict[str, int]] = ({}, {})
+        self.clean_loss: Tensor | None = None
+        """What the first pass has returned, detached."""
+
+    def loss(self) -> Tensor:
+        """Call the function. Dictionaries and lists are copies, so that what it takes out of them is there again."""
+        loss = self._loss_fn(*_copy(self._inputs))
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"loss_fn returned {type(loss).__name__}; it must return the loss, a tensor of one element")
+        return loss
+
+    def items(self) -> Iterator[tuple[str, Tensor]]:
+        """The tensors among the inputs, with a name for each."""
+        return _tensors("", self._inputs)
+
+    def note(self, clean_loss: Tensor) -> None:
+        """The first pass has been taken: note its loss, and what it depended on, for `changes`."""
+        self.clean_loss = clean_loss
+        self._seen = outer_variables(self._loss_fn), self._versions()
+
+    def changes(self) -> list[str]:
+        """What has changed since `note`: variables that the function reads from around it, and inputs."""
+        variables, versions = self._seen
+        now = outer_variables(self._loss_fn)
+        rebound = [f"the variable {name!r}" for name, value in variables.items() if now.get(name) is not value]
+        written = [f"input {name}" for name, number in self._versions().items() if versions.get(name) != number]
+        return rebound + written
+
+    def _versions(self) -> dict[str, int]:
+        return {name: tensor._version for name, tensor in self.items() if not tensor.is_inference()}
+
+
+def outer_variables(function: Callable) -> dict[str, Any]:
+    """What `function` reads by name from around it, as of now: enclosing functions' variables, and globals."""
+    while isinstance(function, partial):
+        function = function.func
+    function = getattr(function, "__func__", function)  # of a bound method
+    code = getattr(function, "__code__", None)
+    if code is None:  # an object with `__call__`, such as a module
+        return {}
+    scope = function.__globals__
+    found = {name: scope[name] for name in _globals_of(code) if name in scope}
+    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+        try:
+            found[name] = cell.cell_contents
+        except ValueError:  # not assigned yet
+            continue
+    return found
+
+
+@lru_cache(maxsize=256)
+def _globals_of(code: CodeType) -> frozenset[str]:
+    # `co_names` would not do: it has the names of attributes, too, and `.loss` is not the variable `loss`.
+    names = {step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL"}
+    inner = (const for const in code.co_consts if isinstance(const, CodeType))
+    return frozenset(names).union(*(_globals_of(one) for one in inner))
+
+
+def _copy(value: Any) -> Any:
+    """Other containers, with the same tensors in them."""
+    if isinstance(value, MutableMapping):
+        result = copy.copy(value)
+        result.update({key: _copy(item) for key, item in value.items()})
+        return result
+    return type(value)(map(_copy, value)) if type(value) in (list, tuple) else value
+
+
+def _tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, MutableMapping):
+        for key, item in value.items():
+            yield from _tensors(f"{name}[{key!r}]", item)
+    elif isinstance(value, (list, tuple)):
+        for i, item in enumerate(value):
+            yield from _tensors(f"{name}[{i}]", item)
