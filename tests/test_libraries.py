@@ -1,6 +1,8 @@
 """The trainers of sentence-transformers, trl and Transformers' Seq2Seq, each against the stock one and a loop by hand."""
 
 import copy
+import subprocess
+import sys
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -24,10 +26,11 @@ from transformers import (
     Seq2SeqTrainingArguments,
 )
 
-import adasam_hf
 from adasam_hf import (
     AdaSAMSeq2SeqTrainer,
     AdaSAMSeq2SeqTrainingArguments,
+    AdaSAMTrainer,
+    AdaSAMTrainingArguments,
     SharpnessAwareArgumentsMixin,
     SharpnessAwareTrainerMixin,
     counters,
@@ -35,7 +38,30 @@ from adasam_hf import (
 
 RHO, LR = 0.3, 1e-2
 SCOPES = pytest.mark.parametrize("scope", ["batch", "microbatch"])
-WORDS = "a the film book story warm funny dull long short is was very and i loved it hated every minute of this".split()
+WORDS = [
+    "a",
+    "the",
+    "film",
+    "book",
+    "story",
+    "warm",
+    "funny",
+    "dull",
+    "long",
+    "short",
+    "is",
+    "was",
+    "very",
+    "and",
+    "i",
+    "loved",
+    "it",
+    "hated",
+    "every",
+    "minute",
+    "of",
+    "this",
+]
 
 
 def row_of_words(i, count):
@@ -66,7 +92,14 @@ class ByHand:
     """
 
     def __init__(self, groups, share, *, scope="batch", rho=RHO, ascent=None, fresh=False):
-        self.groups, self.share, self.scope, self.rho, self.ascent, self.fresh = groups, share, scope, rho, ascent, fresh
+        self.groups, self.share, self.scope, self.rho, self.ascent, self.fresh = (
+            groups,
+            share,
+            scope,
+            rho,
+            ascent,
+            fresh,
+        )
         self.params = [p for params, _ in groups for p in params]
 
     def gradient(self, loss):
@@ -244,7 +277,9 @@ def by_hand_for_loss(run, module, scope, *, rates=None, still=False, **more):
     """`still`: without the loss's own weights, which then stay as they are."""
     groups = in_groups(module, rates or {})
     if still:
-        groups = [([p for p in params if all(p is not q for q in module.classifier.parameters())], r) for params, r in groups]
+        groups = [
+            ([p for p in params if all(p is not q for q in module.classifier.parameters())], r) for params, r in groups
+        ]
     module.train()
     ByHand(groups, mean_loss(module), scope=scope, **more).run(run.windows)
     return weights(module.parameters())
@@ -289,7 +324,8 @@ def test_learning_rates_by_layer(sentences, optim):
         trainer.create_optimizer()
         names = {id(p): n for n, p in trainer.loss.named_parameters()}
         found = [
-            (sorted(names[id(p)] for p in g["params"]), g["lr"], g["weight_decay"]) for g in trainer.optimizer.param_groups
+            (sorted(names[id(p)] for p in g["params"]), g["lr"], g["weight_decay"])
+            for g in trainer.optimizer.param_groups
         ]
         return type(trainer.optimizer).__name__, found
 
@@ -367,3 +403,254 @@ def test_parts_of_a_loss(sentences, scope, monkeypatch):
     monkeypatch.setattr(counters, "COUNTERS", ())  # the control
     twice = run(True, sam_rho=1.0)
     assert abs(twice.logs[0]["near"] - real.logs[0]["near"]) > 1e-3
+
+
+# ---- trl ----
+
+
+def llama(tokenizer):
+    torch.manual_seed(0)
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 1}
+    special = {"pad_token_id": 0, "eos_token_id": 2, "bos_token_id": 2, "attention_dropout": 0.1}
+    size = {"vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 24, "max_position_embeddings": 64}
+    return LlamaForCausalLM(LlamaConfig(**size, **heads, **special)).double()
+
+
+@pytest.fixture
+def preferences(tmp_path, tokenizer):
+    """Makes trl's trainers: stock ones, with the mixins in front, and as they are when trl is imported under `patch()`.
+
+    (Then what the mixins have stands between trl's class and the Trainer of Transformers.)
+    """
+    trl = pytest.importorskip("trl", reason="trl, of the extra `test`, is not installed")
+    from datasets import Dataset
+
+    def classes(name, how):
+        kind, arguments = getattr(trl, f"{name}Trainer"), getattr(trl, f"{name}Config")
+        if how == "mixin":
+            kind = type("Sharp", (SharpnessAwareTrainerMixin, kind), {})
+            arguments = dataclass(repr=False)(type("Arguments", (SharpnessAwareArgumentsMixin, arguments), {}))
+        elif how == "patch":
+            kind = type("Sharp", (kind, AdaSAMTrainer), {})
+            arguments = dataclass(repr=False)(type("Arguments", (arguments, AdaSAMTrainingArguments), {}))
+        return kind, arguments
+
+    texts = [row_of_words(i, 3 + i % 6) for i in range(32)]
+    rows = {"SFT": {"text": texts}}
+    rows["DPO"] = {"prompt": texts, "chosen": [row_of_words(i + 9, 2 + i % 4) for i in range(32)]}
+    rows["DPO"]["rejected"] = [row_of_words(i + 31, 3 + i % 3) for i in range(32)]
+
+    def make(name, how=None, **more):
+        kind, arguments = classes(name, how)
+        extra = {}
+        if name == "DPO":
+            extra["ref_model"] = llama(tokenizer)
+            with torch.no_grad():
+                for p in extra["ref_model"].parameters():
+                    p.mul_(1.1)
+        args = arguments(**flags(tmp_path, **{"bf16": False, "gradient_checkpointing": False, **more}))
+        data = Dataset.from_dict(rows[name])
+        return kind(model=llama(tokenizer), args=args, train_dataset=data, processing_class=tokenizer, **extra)
+
+    return make
+
+
+def labels_in(batch):
+    return (batch["labels"][:, 1:] != -100).sum()
+
+
+def mean_over(name, trainer):
+    """The share of a micro-batch in its window's loss: by its tokens in SFT, by micro-batches in DPO."""
+
+    def share(window, i):
+        loss = trainer.compute_loss(trainer.model, copy.deepcopy(window[i]))
+        if name == "DPO":
+            return loss / len(window)
+        return loss * labels_in(window[i]) / sum(map(labels_in, window))
+
+    return share
+
+
+COUNTED = {
+    "SFT": ("num_tokens", "entropy", "mean_token_accuracy"),
+    "DPO": ("num_tokens", "entropy", "mean_token_accuracy", "rewards/margins", "logps/chosen", "logits/rejected"),
+}
+POSITIONAL = "the mixin hands `args` to the class behind it by position, where DPOTrainer takes `ref_model`"
+HOW = [
+    pytest.param("SFT", "mixin", id="SFT-mixin"),
+    pytest.param("SFT", "patch", id="SFT-patch"),
+    pytest.param("DPO", "patch", id="DPO-patch"),
+]
+
+
+@SCOPES
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize(("name", "how"), HOW)
+@pytest.mark.compat("Trainer behaviour", "trl: SFT and DPO, and what they count")
+def test_trl(preferences, name, how, scope, k, monkeypatch):
+    def run(sharp, **more):
+        more = {"sam_scope": scope, **more} if sharp else more
+        return finished(preferences(name, how if sharp else None, gradient_accumulation_steps=k, **more))
+
+    def by_hand(real, of=scope, as_if=name, **more):
+        stock = preferences(name)
+        stock.model.train()
+        share = mean_over(as_if, stock)
+        return ByHand([(list(stock.model.parameters()), LR)], share, scope=of, **more).run(real.windows)
+
+    stock = assert_stock_at_small_radii(run, keys=("loss", *COUNTED[name]))
+    real = run(True, sam_rho=RHO)
+    want, at_w = by_hand(real), weights(real.trainer.model.parameters())
+    assert (by_hand(real, rho=0.0) - weights(stock.trainer.model.parameters())).abs().max() < 1e-10
+    wrong = [weights(stock.trainer.model.parameters()), by_hand(real, fresh=True)]
+    if k > 1:
+        wrong += [by_hand(real, of={"batch": "microbatch", "microbatch": "batch"}[scope])]
+        wrong += [by_hand(real, as_if="DPO")] if name == "SFT" else []  # micro-batches have tokens unequally
+    assert_follows(at_w, want, *wrong)
+
+    # What is counted in the first step is that of the weights w, once.
+    assert [entry["num_tokens"] for entry in real.logs] == [entry["num_tokens"] for entry in stock.logs]
+    for key in COUNTED[name]:
+        assert real.logs[0][key] == pytest.approx(stock.logs[0][key], abs=1e-9)
+    monkeypatch.setattr(counters, "COUNTERS", ())  # the control
+    twice = run(True, sam_rho=RHO)
+    assert twice.logs[0]["num_tokens"] == 2 * stock.logs[0]["num_tokens"]
+    assert abs(twice.logs[0]["entropy"] - stock.logs[0]["entropy"]) > 1e-6
+
+
+@pytest.mark.xfail(strict=True, raises=TypeError, reason=POSITIONAL)
+@pytest.mark.compat("Trainer behaviour", "trl: DPO behind the mixins")
+def test_dpo_behind_the_mixins(preferences):
+    stock, tiny = (
+        finished(preferences("DPO", how, **more)) for how, more in ((None, {}), ("mixin", {"sam_rho": 1e-10}))
+    )
+    assert (tiny.weights - stock.weights).abs().max() < 1e-8
+    real = finished(preferences("DPO", "mixin", sam_rho=RHO))
+    assert (real.weights - stock.weights).abs().max() > 1e-6
+
+
+@pytest.mark.slow
+def test_trl_under_patch_is_what_is_tested_here(preferences):
+    """The order of classes, of which the tests above have made their own."""
+    code = "import adasam_hf; adasam_hf.patch(); import trl; print(*(c.__name__ for c in trl.DPOTrainer.__mro__))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    emulated = [cls.__name__ for cls in type(preferences("DPO", "patch")).__mro__[1:]]
+    found = done.stdout.split()
+    where = emulated.index("AdaSAMTrainer")
+    assert found[where] == "Trainer" and found[:where] + found[where + 1 :] == emulated
+
+
+# ---- trl, where the ascent sees a share of the rows ----
+
+
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize(("name", "how"), HOW)
+@pytest.mark.compat("Trainer behaviour", "trl: `sam_preset=fast` takes rows of SFT and pairs of DPO")
+def test_fast_with_trl(preferences, name, how, k):
+    size = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": k, "max_steps": 2}
+    real = finished(preferences(name, how, sam_preset="fast", sam_rho=RHO, **size))
+    assert {entry["sam_ascent_share"] for entry in real.logs} == {2 / (8 * k)}
+    assert_follows(weights(real.trainer.model.parameters()), *chosen_by_hand(preferences, name, real, k))
+    stock, tiny, zero = (
+        finished(preferences(name, how, **size, **more))
+        for how, more in (
+            (None, {}),
+            (how, {"sam_preset": "fast", "sam_rho": 1e-10}),
+            (how, {"sam_preset": "fast", "sam_rho": 0.0}),
+        )
+    )
+    assert (tiny.weights - stock.weights).abs().max() < 1e-8
+    assert torch.equal(zero.weights, stock.weights)
+    assert (real.weights - stock.weights).abs().max() > 1e-6
+
+
+def chosen_by_hand(preferences, name, real, k, choices=((0, 4), (0, 1), range(8)), **flags):
+    """The run by hand, for each choice of rows of the last micro-batch of a window."""
+    found = []
+    for positions in choices:
+        stock = preferences(name, **flags)
+        stock.model.eval()  # without dropout
+
+        def ascent(step, window, part, positions=positions, stock=stock):
+            rows = real.seen.rows[step * k + max(part)]
+            return stock.compute_loss(stock.model, real.seen.collator([copy.deepcopy(rows[i]) for i in positions]))
+
+        loop = ByHand([(list(stock.model.parameters()), LR)], mean_over(name, stock), ascent=ascent)
+        found.append(loop.run(real.windows))
+    return found
+
+
+@pytest.mark.parametrize("how", ["mixin", "patch"])
+@pytest.mark.compat("Trainer behaviour", "trl: `sam_preset=fast` takes whole sequences of packed rows")
+def test_fast_with_packed_rows(preferences, how):
+    size = {"padding_free": True, "per_device_train_batch_size": 8, "max_steps": 2, "max_length": None}
+    real = finished(preferences("SFT", how, sam_preset="fast", sam_rho=RHO, **size))
+    assert len(real.windows[0][0]["input_ids"]) == 1 and (real.windows[0][0]["position_ids"] == 0).sum() == 8
+    lengths = [[len(row["input_ids"]) for row in rows] for rows in real.seen.rows]
+    shares = [(n[0] + n[4]) / sum(n) for n in lengths[:2]]
+    assert [entry["sam_ascent_share"] for entry in real.logs] == pytest.approx(shares)
+    runs = chosen_by_hand(preferences, "SFT", real, 1, **size)
+    assert_follows(weights(real.trainer.model.parameters()), *runs)
+
+
+# ---- sequence to sequence ----
+
+
+def bart():
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "encoder_layers": 1, "decoder_layers": 1}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "dropout": 0.1}
+    size = {"vocab_size": 3 + len(WORDS), "max_position_embeddings": 32, "pad_token_id": 0, "eos_token_id": 2}
+    special = {"bos_token_id": 2, "decoder_start_token_id": 2, "forced_eos_token_id": 2}
+    return BartForConditionalGeneration(BartConfig(**size, **sizes, **heads, **special)).double()
+
+
+def smoothed(smoothing, by_tokens=True):
+    """A micro-batch's share of the mean over the window's labels of −(1 − ε) log p + ε · mean of −log p."""
+
+    def loss(model, window, i):
+        batch = copy.deepcopy(window[i])
+        labels = batch.pop("labels")
+        log_p = model(**batch).logits.log_softmax(-1)[labels != -100]
+        likely = log_p.gather(1, labels[labels != -100][:, None]).sum()
+        total = -(1 - smoothing) * likely - smoothing * log_p.mean(-1).sum()
+        if by_tokens:
+            return total / sum((one["labels"] != -100).sum() for one in window)
+        return total / (labels != -100).sum() / len(window)
+
+    return loss
+
+
+@SCOPES
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.compat("Trainer behaviour", "`Seq2SeqTrainer`, with label smoothing and accumulation")
+def test_seq2seq(tmp_path, tokenizer, scope, k, smoothing):
+    texts = [(row_of_words(i, 3 + i % 6), row_of_words(i + 40, 2 + i % 5)) for i in range(32)]
+    rows = [{"input_ids": tokenizer(a).input_ids, "labels": [*tokenizer(b).input_ids, 2]} for a, b in texts]
+
+    def run(sharp, **more):
+        kind, arguments = (Seq2SeqTrainer, Seq2SeqTrainingArguments)
+        if sharp:
+            kind, arguments = AdaSAMSeq2SeqTrainer, AdaSAMSeq2SeqTrainingArguments
+            more = {"sam_scope": scope, **more}
+        model = bart()
+        args = arguments(**flags(tmp_path, label_smoothing_factor=smoothing, gradient_accumulation_steps=k, **more))
+        return finished(kind(model, args, DataCollatorForSeq2Seq(tokenizer, model), train_dataset=rows))
+
+    def by_hand(real, of=scope, **more):
+        model, loss = bart().train(), smoothed(**{"smoothing": smoothing} | more.pop("loss", {}))
+        params = list(model.parameters())
+        return ByHand([(params, LR)], lambda window, i: loss(model, window, i), scope=of, **more).run(real.windows)
+
+    def of_model(run):
+        return weights(run.trainer.model.parameters())
+
+    stock = assert_stock_at_small_radii(run)
+    real = run(True, sam_rho=RHO)
+    wrong = [of_model(stock), by_hand(real, fresh=True), by_hand(real, loss={"smoothing": 0.1 - smoothing})]
+    if k > 1:
+        wrong += [by_hand(real, of={"batch": "microbatch", "microbatch": "batch"}[scope])]
+        wrong += [by_hand(real, loss={"by_tokens": False})]
+    print("DIFF", (of_model(real) - by_hand(real)).abs().max(), [(of_model(real) - w).abs().max() for w in wrong])
+    assert_follows(of_model(real), by_hand(real), *wrong)
