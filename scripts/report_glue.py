@@ -752,79 +752,118 @@ QUANTITIES = (
 )
 
 
+@dataclass
+class Row:
+    """One difference of a sweep with a name of its own."""
+
+    pair: str
+    task: str
+    quantity: str
+    difference: Difference
+    p: float = math.nan  # Holm's, over the rows of the same pair of methods
+    family: int = 0  # how many tests those are
+
+    @property
+    def cells(self) -> list[str]:
+        mean, half = interval(self.difference.values)
+        out = [self.pair, self.task, self.quantity, f"{mean:+.3f} ± {half:.3f}", str(len(self.difference.values))]
+        if math.isnan(self.p):
+            return [*out, "–", "–", "–"]
+        return [*out, f"{self.difference.p:.4f}", f"{self.p:.4f}", self.difference.sight(comparisons=self.family)]
+
+    @property
+    def sentence(self) -> str:
+        mean, half = interval(self.difference.values)
+        higher = "higher" if mean > 0 else "lower"
+        word = f"**{higher}**" if self.p < 0.05 else "cannot tell"
+        return f"- {self.task}, {self.quantity}, {self.pair}: {mean:+.2f} ± {half:.2f}, {word}"
+
+
+def difference_rows(grid: Grid) -> list[Row]:
+    """Every method beside AMSGrad (or, without that, the first one), and AdaSAM beside every other."""
+    first = "AMSGrad" if "AMSGrad" in grid.methods else grid.methods[0]
+    pairs = [(method, first) for method in grid.methods if method != first]
+    pairs += [("AdaSAM", m) for m in grid.methods if "AdaSAM" in grid.methods and m not in ("AdaSAM", first)]
+    out = []
+    for one, other in pairs:
+        rows = [
+            Row(
+                f"{one} – {other}",
+                task.upper(),
+                what,
+                Difference.between(*(grid.values(task, m, value) for m in (one, other))),
+            )
+            for task in grid.tasks
+            for what, value, _ in QUANTITIES
+        ]
+        rows = [row for row in rows if row.difference.values]
+        corrected_ps = holm([row.difference.p for row in rows])
+        for row, p in zip(rows, corrected_ps, strict=True):
+            row.p, row.family = p, sum(not math.isnan(q) for q in corrected_ps)
+        out += rows
+    return out
+
+
 def own_section(sweep: str, runs: Sequence[dict], trials: Sequence[dict], folder: Path) -> list[str]:
-    """Tables of a sweep with a name of its own: its runs, their differences to the first method, and its trials."""
-    grid = labelled(runs, sweep)
+    """Of a sweep with a name of its own: what it says in short, its runs, their differences, and its trials."""
+    grid, mine = labelled(runs, sweep), [t for t in trials if t["sweep"] == sweep]
     parts = [f"## {sweep}"]
     if grid.runs:
-        parts.append("Of the evaluation rows: mean ± standard deviation over seeds [95 % interval, by bootstrap].")
-        for what, value, digits in QUANTITIES:
-            if any(not math.isnan(value(r)) for r in grid.runs.values()):
-                parts += [f"{what[0].upper()}{what[1:]}:", table(grid, value, digits)]
-        first = "AMSGrad" if "AMSGrad" in grid.methods else grid.methods[0]
-        pairs = [(method, first) for method in grid.methods if method != first]
-        pairs += [("AdaSAM", m) for m in grid.methods if "AdaSAM" in grid.methods and m not in ("AdaSAM", first)]
-        rows = []
-        for one, other in pairs:
-            for task in grid.tasks:
-                for what, value, _ in QUANTITIES:
-                    found = Difference.between(*(grid.values(task, m, value) for m in (one, other)))
-                    if found.values:
-                        rows.append((f"{one} – {other}", task.upper(), what, found))
-        if rows:
-            families = {pair: [found.p for p, *_, found in rows if p == pair] for pair, *_ in rows}
-            ps = [p for family in families.values() for p in holm(family)]
-            counts = {pair: sum(not math.isnan(p) for p in family) for pair, family in families.items()}
-            cells = []
-            for (*words, found), p in zip(rows, ps, strict=True):
-                mean, half = interval(found.values)
-                shown = [f"{mean:+.3f} ± {half:.3f}", str(len(found.values))]
-                shown += (
-                    ["–", "–", "–"]
-                    if math.isnan(p)
-                    else [f"{found.p:.4f}", f"{p:.4f}", found.sight(None, counts[words[0]])]
-                )
-                cells.append([*words, *shown])
-            plot_differences(rows, folder / f"{sweep}_differences.png")
-            parts += [
-                "Differences, paired by seed: mean ± half the 95 % interval of Student's t; p of the paired t test, "
-                "and Holm's over the rows of the same two methods; what so many pairs see with a power of 80 %:",
-                markdown(["", "task", "of", "difference", "pairs", "p", "Holm's p", "sight"], cells),
-                f"![differences with their intervals]({sweep}_differences.png)",
-            ]
-        plot_losses(grid, folder / f"{sweep}_loss.png")
-        parts.append(f"![training loss against iterations]({sweep}_loss.png)")
-        if any(run["metrics"].get("eval_reliability") for run in grid.runs.values()):
-            plot_reliability(grid, folder / f"{sweep}_reliability.png")
-            parts.append(f"![accuracy against confidence, over all seeds]({sweep}_reliability.png)")
-    mine = [t for t in trials if t["sweep"] == sweep]
+        parts += run_parts(grid, folder)
     if mine:
-        plot_rates(mine, folder / f"{sweep}.png")
-        rows = []
-        for (_, task, method, point), seeds in sorted(points(mine).items(), key=lambda item: item[0][1:]):
-            cells = [spread({s: value(r) for s, r in seeds.items()}, digits) for _, value, digits in QUANTITIES]
-            rows.append([task.upper(), name(method), Choice.label(dict(point)), str(len(seeds)), *cells])
-        parts += [
-            "Trials, on rows held out from training: mean ± standard deviation over the trials' seeds [bootstrap].",
-            markdown(["task", "method", "rate / radius", "seeds", *(what for what, *_ in QUANTITIES)], rows),
-            f"![score and cross-entropy of the trials against the rate]({sweep}.png)",
-        ]
+        parts += trial_parts(sweep, mine, folder)
     return parts
 
 
-def plot_differences(rows: Sequence[tuple[str, str, str, Difference]], path: Path) -> None:
+def run_parts(grid: Grid, folder: Path) -> list[str]:
+    rows = difference_rows(grid)
+    short = [row.sentence for row in rows if row.pair == "AdaSAM – AMSGrad"]
+    parts = ["\n".join(short), "Of the evaluation rows: mean ± standard deviation over seeds [interval by bootstrap]."]
+    for what, value, digits in QUANTITIES:
+        if any(not math.isnan(value(r)) for r in grid.runs.values()):
+            parts += [f"{what[0].upper()}{what[1:]}:", table(grid, value, digits)]
+    if rows:
+        plot_differences(rows, folder / f"{grid.sweep}_differences.png")
+        parts += [
+            "Differences, paired by seed: mean ± half the 95 % interval of Student's t; p of the paired t test, "
+            "and Holm's over the rows of the same two methods; what so many pairs see with a power of 80 %:",
+            markdown(["", "task", "of", "difference", "pairs", "p", "Holm's p", "sight"], [row.cells for row in rows]),
+            f"![differences with their intervals]({grid.sweep}_differences.png)",
+        ]
+    plot_losses(grid, folder / f"{grid.sweep}_loss.png")
+    parts.append(f"![training loss against iterations]({grid.sweep}_loss.png)")
+    if any(run["metrics"].get("eval_reliability") for run in grid.runs.values()):
+        plot_reliability(grid, folder / f"{grid.sweep}_reliability.png")
+        parts.append(f"![accuracy against confidence, over all seeds]({grid.sweep}_reliability.png)")
+    return parts
+
+
+def trial_parts(sweep: str, trials: Sequence[dict], folder: Path) -> list[str]:
+    plot_rates(trials, folder / f"{sweep}.png")
+    rows = []
+    for (_, task, method, point), seeds in sorted(points(trials).items(), key=lambda item: item[0][1:]):
+        cells = [spread({s: value(r) for s, r in seeds.items()}, digits) for _, value, digits in QUANTITIES]
+        rows.append([task.upper(), name(method), Choice.label(dict(point)), str(len(seeds)), *cells])
+    return [
+        "Trials, on rows held out from training: mean ± standard deviation over the trials' seeds [bootstrap].",
+        markdown(["task", "method", "rate / radius", "seeds", *(what for what, *_ in QUANTITIES)], rows),
+        f"![score and cross-entropy of the trials against the rate]({sweep}.png)",
+    ]
+
+
+def plot_differences(rows: Sequence[Row], path: Path) -> None:
     """A forest plot: a panel for each quantity, a line for each task and pair of methods, Student's 95 % intervals."""
-    panels = [[row for row in rows if row[2] == what] for what, *_ in QUANTITIES]
+    panels = [[row for row in rows if row.quantity == what] for what, *_ in QUANTITIES]
     panels = [panel for panel in panels if panel]
     height = 1.2 + 0.3 * max(map(len, panels))
     figure, axes = pyplot.subplots(1, len(panels), figsize=(4.5 * len(panels), height), squeeze=False)
     for axis, panel in zip(axes[0], panels, strict=True):
-        found = [interval(difference.values) for *_, difference in panel]
+        found = [interval(row.difference.values) for row in panel]
         halves = [half if math.isfinite(half) else 0.0 for _, half in found]
         axis.errorbar([mean for mean, _ in found], range(len(panel)), xerr=halves, fmt="o", capsize=3)
         axis.axvline(0, color="gray", linestyle="--")
-        axis.set_yticks(range(len(panel)), [f"{task}: {what}" for what, task, *_ in panel], fontsize=7)
-        axis.set(title=panel[0][2], ylim=(len(panel) - 0.5, -0.5))
+        axis.set_yticks(range(len(panel)), [f"{row.task}: {row.pair}" for row in panel], fontsize=7)
+        axis.set(title=panel[0].quantity, ylim=(len(panel) - 0.5, -0.5))
     save(figure, path)
 
 
