@@ -1,4 +1,4 @@
-"""The trainers of sentence-transformers, trl and Transformers' Seq2Seq, each against the stock one and a loop by hand."""
+"""The trainers of sentence-transformers and trl, and Seq2Seq: each against the stock one and a loop by hand."""
 
 import copy
 import subprocess
@@ -184,7 +184,7 @@ def finished(trainer):
 
 
 def assert_stock_at_small_radii(run, keys=("loss",)):
-    """`run(sharp, **flags)` at radius 0 is the stock run, bit for bit, and at a tiny one nearly; returns the stock run."""
+    """`run(sharp, **flags)` at radius 0 is the stock run, bit for bit, and at a tiny one nearly. Returns that run."""
     stock, zero, tiny = run(False), run(True, sam_rho=0.0), run(True, sam_rho=1e-10)
     assert torch.equal(zero.weights, stock.weights)
     assert not any(key.startswith("sam_") for entry in zero.logs for key in entry)
