@@ -103,9 +103,10 @@ class SharpnessAwareRun:
         # In scope microbatch each micro-batch has an ascent of its own. FSDP2 gathers weights in every forward pass, so
         # that no process may leave one out.
         apart = self.args.sam_scope == "microbatch" or trainer.accelerator.is_fsdp2
-        parts = [[one] for one in window] if apart else [list(window)]
+        # (From the last micro-batch on.)
+        parts = [[one] for one in reversed(window)] if apart else [list(reversed(window))]
         chosen = [choose_rows(part, share, least, paired=paired) for part in parts]
-        window.ascent_inputs = [batch for part in chosen for batch in part.batches]
+        window.ascent_inputs = [batch for part in chosen for batch in part.batches][::-1]
         seen = [batch for batch in window.ascent_inputs if batch is not None]
         window.ascent_share = sum(part.share * part.total for part in chosen) / sum(part.total for part in chosen)
         self._ascent_items = trainer._get_num_items_in_batch(seen, trainer.args.device)

@@ -1,4 +1,4 @@
-"""The trainers of sentence-transformers and trl, and Seq2Seq: each against the stock one and a loop by hand."""
+"""Trainers of sentence-transformers, trl and for Seq2Seq, each against the stock one and a loop written by hand."""
 
 import copy
 import subprocess
@@ -38,30 +38,8 @@ from adasam_hf import (
 
 RHO, LR = 0.3, 1e-2
 SCOPES = pytest.mark.parametrize("scope", ["batch", "microbatch"])
-WORDS = [
-    "a",
-    "the",
-    "film",
-    "book",
-    "story",
-    "warm",
-    "funny",
-    "dull",
-    "long",
-    "short",
-    "is",
-    "was",
-    "very",
-    "and",
-    "i",
-    "loved",
-    "it",
-    "hated",
-    "every",
-    "minute",
-    "of",
-    "this",
-]
+TEXT = "a the film book story warm funny dull long short is was very and i loved it hated every minute of this"
+WORDS = TEXT.split()
 
 
 def row_of_words(i, count):
@@ -92,14 +70,8 @@ class ByHand:
     """
 
     def __init__(self, groups, share, *, scope="batch", rho=RHO, ascent=None, fresh=False):
-        self.groups, self.share, self.scope, self.rho, self.ascent, self.fresh = (
-            groups,
-            share,
-            scope,
-            rho,
-            ascent,
-            fresh,
-        )
+        self.groups, self.share, self.scope, self.rho = groups, share, scope, rho
+        self.ascent, self.fresh = ascent, fresh
         self.params = [p for params, _ in groups for p in params]
 
     def gradient(self, loss):
@@ -184,7 +156,7 @@ def finished(trainer):
 
 
 def assert_stock_at_small_radii(run, keys=("loss",)):
-    """`run(sharp, **flags)` at radius 0 is the stock run, bit for bit, and at a tiny one nearly. Returns that run."""
+    """`run(sharp, **flags)` is the stock run, which is returned: to the bit at radius 0, nearly so at a tiny one."""
     stock, zero, tiny = run(False), run(True, sam_rho=0.0), run(True, sam_rho=1e-10)
     assert torch.equal(zero.weights, stock.weights)
     assert not any(key.startswith("sam_") for entry in zero.logs for key in entry)
@@ -277,9 +249,8 @@ def by_hand_for_loss(run, module, scope, *, rates=None, still=False, **more):
     """`still`: without the loss's own weights, which then stay as they are."""
     groups = in_groups(module, rates or {})
     if still:
-        groups = [
-            ([p for p in params if all(p is not q for q in module.classifier.parameters())], r) for params, r in groups
-        ]
+        own = {id(p) for p in module.classifier.parameters()}
+        groups = [([p for p in params if id(p) not in own], rate) for params, rate in groups]
     module.train()
     ByHand(groups, mean_loss(module), scope=scope, **more).run(run.windows)
     return weights(module.parameters())
@@ -342,7 +313,7 @@ def test_learning_rates_by_layer(sentences, optim):
     assert {group["lr"] for group in unmapped.optimizer.param_groups} == {LR}  # the control
 
 
-@pytest.mark.parametrize("scope", ["batch", "microbatch"])
+@SCOPES
 @pytest.mark.parametrize("k", [1, 2])
 @pytest.mark.compat("Trainer behaviour", "sentence-transformers: in-batch negatives with `sam_preset=fast`")
 def test_in_batch_negatives(sentences, scope, k):
@@ -354,7 +325,11 @@ def test_in_batch_negatives(sentences, scope, k):
         make = sentences.losses.MultipleNegativesRankingLoss
         return finished(sentences.train(make, sharp, dropout=False, labels=False, **size, **more))
 
-    stock = assert_stock_at_small_radii(run, keys=())  # the loss that is logged is that of two rows
+    stock = assert_stock_at_small_radii(run, keys=())  # `loss` is that of two rows, and `sam_loss` that of all
+    tiny = run(True, sam_rho=1e-10)
+    assert [entry["sam_loss"] for entry in tiny.logs] == pytest.approx(
+        [entry["loss"] for entry in stock.logs], abs=1e-7
+    )
     real = run(True, sam_rho=RHO)
     assert {entry["sam_ascent_share"] for entry in real.logs} == {2 / (8 * k) if scope == "batch" else 2 / 8}
     collate = real.seen.collator
@@ -408,10 +383,10 @@ def test_parts_of_a_loss(sentences, scope, monkeypatch):
 # ---- trl ----
 
 
-def llama(tokenizer):
+def llama(tokenizer, dropout):
     torch.manual_seed(0)
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 1}
-    special = {"pad_token_id": 0, "eos_token_id": 2, "bos_token_id": 2, "attention_dropout": 0.1}
+    special = {"pad_token_id": 0, "eos_token_id": 2, "bos_token_id": 2, "attention_dropout": dropout}
     size = {"vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 24, "max_position_embeddings": 64}
     return LlamaForCausalLM(LlamaConfig(**size, **heads, **special)).double()
 
@@ -440,17 +415,17 @@ def preferences(tmp_path, tokenizer):
     rows["DPO"] = {"prompt": texts, "chosen": [row_of_words(i + 9, 2 + i % 4) for i in range(32)]}
     rows["DPO"]["rejected"] = [row_of_words(i + 31, 3 + i % 3) for i in range(32)]
 
-    def make(name, how=None, **more):
+    def make(name, how=None, dropout=0.1, **more):
         kind, arguments = classes(name, how)
         extra = {}
         if name == "DPO":
-            extra["ref_model"] = llama(tokenizer)
+            extra["ref_model"] = llama(tokenizer, 0.0)
             with torch.no_grad():
                 for p in extra["ref_model"].parameters():
                     p.mul_(1.1)
         args = arguments(**flags(tmp_path, **{"bf16": False, "gradient_checkpointing": False, **more}))
         data = Dataset.from_dict(rows[name])
-        return kind(model=llama(tokenizer), args=args, train_dataset=data, processing_class=tokenizer, **extra)
+        return kind(model=llama(tokenizer, dropout), args=args, train_dataset=data, processing_class=tokenizer, **extra)
 
     return make
 
@@ -500,13 +475,12 @@ def test_trl(preferences, name, how, scope, k, monkeypatch):
 
     stock = assert_stock_at_small_radii(run, keys=("loss", *COUNTED[name]))
     real = run(True, sam_rho=RHO)
-    want, at_w = by_hand(real), weights(real.trainer.model.parameters())
     assert (by_hand(real, rho=0.0) - weights(stock.trainer.model.parameters())).abs().max() < 1e-10
     wrong = [weights(stock.trainer.model.parameters()), by_hand(real, fresh=True)]
     if k > 1:
         wrong += [by_hand(real, of={"batch": "microbatch", "microbatch": "batch"}[scope])]
         wrong += [by_hand(real, as_if="DPO")] if name == "SFT" else []  # micro-batches have tokens unequally
-    assert_follows(at_w, want, *wrong)
+    assert_follows(weights(real.trainer.model.parameters()), by_hand(real), *wrong)
 
     # What is counted in the first step is that of the weights w, once.
     assert [entry["num_tokens"] for entry in real.logs] == [entry["num_tokens"] for entry in stock.logs]
@@ -521,9 +495,8 @@ def test_trl(preferences, name, how, scope, k, monkeypatch):
 @pytest.mark.xfail(strict=True, raises=TypeError, reason=POSITIONAL)
 @pytest.mark.compat("Trainer behaviour", "trl: DPO behind the mixins")
 def test_dpo_behind_the_mixins(preferences):
-    stock, tiny = (
-        finished(preferences("DPO", how, **more)) for how, more in ((None, {}), ("mixin", {"sam_rho": 1e-10}))
-    )
+    stock = finished(preferences("DPO"))
+    tiny = finished(preferences("DPO", "mixin", sam_rho=1e-10))
     assert (tiny.weights - stock.weights).abs().max() < 1e-8
     real = finished(preferences("DPO", "mixin", sam_rho=RHO))
     assert (real.weights - stock.weights).abs().max() > 1e-6
@@ -547,7 +520,7 @@ def test_trl_under_patch_is_what_is_tested_here(preferences):
 @pytest.mark.parametrize(("name", "how"), HOW)
 @pytest.mark.compat("Trainer behaviour", "trl: `sam_preset=fast` takes rows of SFT and pairs of DPO")
 def test_fast_with_trl(preferences, name, how, k):
-    size = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": k, "max_steps": 2}
+    size = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": k, "max_steps": 2, "dropout": 0.0}
     real = finished(preferences(name, how, sam_preset="fast", sam_rho=RHO, **size))
     assert {entry["sam_ascent_share"] for entry in real.logs} == {2 / (8 * k)}
     assert_follows(weights(real.trainer.model.parameters()), *chosen_by_hand(preferences, name, real, k))
@@ -568,8 +541,8 @@ def chosen_by_hand(preferences, name, real, k, choices=((0, 4), (0, 1), range(8)
     """The run by hand, for each choice of rows of the last micro-batch of a window."""
     found = []
     for positions in choices:
-        stock = preferences(name, **flags)
-        stock.model.eval()  # without dropout
+        stock = preferences(name, **{"dropout": 0.0} | flags)
+        stock.model.train()
 
         def ascent(step, window, part, positions=positions, stock=stock):
             rows = real.seen.rows[step * k + max(part)]
@@ -583,7 +556,7 @@ def chosen_by_hand(preferences, name, real, k, choices=((0, 4), (0, 1), range(8)
 @pytest.mark.parametrize("how", ["mixin", "patch"])
 @pytest.mark.compat("Trainer behaviour", "trl: `sam_preset=fast` takes whole sequences of packed rows")
 def test_fast_with_packed_rows(preferences, how):
-    size = {"padding_free": True, "per_device_train_batch_size": 8, "max_steps": 2, "max_length": None}
+    size = {"padding_free": True, "per_device_train_batch_size": 8, "max_steps": 2, "max_length": None, "dropout": 0.0}
     real = finished(preferences("SFT", how, sam_preset="fast", sam_rho=RHO, **size))
     assert len(real.windows[0][0]["input_ids"]) == 1 and (real.windows[0][0]["position_ids"] == 0).sum() == 8
     lengths = [[len(row["input_ids"]) for row in rows] for rows in real.seen.rows]
@@ -605,8 +578,12 @@ def bart():
     return BartForConditionalGeneration(BartConfig(**size, **sizes, **heads, **special)).double()
 
 
-def smoothed(smoothing, by_tokens=True):
-    """A micro-batch's share of the mean over the window's labels of −(1 − ε) log p + ε · mean of −log p."""
+def smoothed(smoothing, by_batch):
+    """A micro-batch's share of the window's loss, −(1 − ε) log p + ε · mean of −log p.
+
+    It is the mean over the window's labels, as the Trainer's own smoother has it; `by_batch` the sum of the means of
+    micro-batches, as BART has it, which takes `num_items_in_batch` and does not divide by it.
+    """
 
     def loss(model, window, i):
         batch = copy.deepcopy(window[i])
@@ -614,9 +591,7 @@ def smoothed(smoothing, by_tokens=True):
         log_p = model(**batch).logits.log_softmax(-1)[labels != -100]
         likely = log_p.gather(1, labels[labels != -100][:, None]).sum()
         total = -(1 - smoothing) * likely - smoothing * log_p.mean(-1).sum()
-        if by_tokens:
-            return total / sum((one["labels"] != -100).sum() for one in window)
-        return total / (labels != -100).sum() / len(window)
+        return total / sum((one["labels"] != -100).sum() for one in ([window[i]] if by_batch else window))
 
     return loss
 
@@ -638,8 +613,8 @@ def test_seq2seq(tmp_path, tokenizer, scope, k, smoothing):
         args = arguments(**flags(tmp_path, label_smoothing_factor=smoothing, gradient_accumulation_steps=k, **more))
         return finished(kind(model, args, DataCollatorForSeq2Seq(tokenizer, model), train_dataset=rows))
 
-    def by_hand(real, of=scope, **more):
-        model, loss = bart().train(), smoothed(**{"smoothing": smoothing} | more.pop("loss", {}))
+    def by_hand(real, of=scope, epsilon=smoothing, by_batch=not smoothing, **more):
+        model, loss = bart().train(), smoothed(epsilon, by_batch)
         params = list(model.parameters())
         return ByHand([(params, LR)], lambda window, i: loss(model, window, i), scope=of, **more).run(real.windows)
 
@@ -648,9 +623,8 @@ def test_seq2seq(tmp_path, tokenizer, scope, k, smoothing):
 
     stock = assert_stock_at_small_radii(run)
     real = run(True, sam_rho=RHO)
-    wrong = [of_model(stock), by_hand(real, fresh=True), by_hand(real, loss={"smoothing": 0.1 - smoothing})]
+    wrong = [of_model(stock), by_hand(real, fresh=True), by_hand(real, epsilon=0.1 - smoothing)]
     if k > 1:
         wrong += [by_hand(real, of={"batch": "microbatch", "microbatch": "batch"}[scope])]
-        wrong += [by_hand(real, loss={"by_tokens": False})]
-    print("DIFF", (of_model(real) - by_hand(real)).abs().max(), [(of_model(real) - w).abs().max() for w in wrong])
+        wrong += [by_hand(real, by_batch=bool(smoothing))]
     assert_follows(of_model(real), by_hand(real), *wrong)
