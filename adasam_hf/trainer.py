@@ -1,6 +1,7 @@
 """The two-pass training step as a mixin for any Transformers `Trainer`."""
 
 import copy
+import inspect
 import json
 from collections.abc import Callable
 from functools import partial
@@ -98,15 +99,12 @@ class SharpnessAwareTrainerMixin(ModelCardMixin, CompleteCheckpointsMixin, _Base
 
     _default_arguments: type[SharpnessAwareArgumentsMixin] = AdaSAMTrainingArguments
 
-    def __init__(
-        self,
-        model: PreTrainedModel | nn.Module | None = None,
-        args: SharpnessAwareArgumentsMixin | None = None,
-        *more: Any,
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, *positional: Any, **named: Any) -> None:
+        # The arguments are second in Transformers, and third in trl's DPOTrainer.
+        given = inspect.signature(super().__init__).bind_partial(*positional, **named)
+        args = given.arguments.get("args")
         if args is None:
-            args = self._default_arguments("tmp_trainer")  # as in Transformers
+            args = given.arguments["args"] = self._default_arguments("tmp_trainer")  # as in Transformers
         if not isinstance(args, SharpnessAwareArgumentsMixin):
             raise TypeError(
                 f"args={type(args).__name__} has no sharpness-aware arguments; pass AdaSAMTrainingArguments, or a "
@@ -114,7 +112,7 @@ class SharpnessAwareTrainerMixin(ModelCardMixin, CompleteCheckpointsMixin, _Base
             )
         self._run: SharpnessAwareRun | None = None  # while a training lasts
         self._log_entries: dict[str, float] = {}  # for the Trainer's own next log entry
-        super().__init__(model, args, *more, **kwargs)
+        super().__init__(*given.args, **given.kwargs)
 
     # ---- the optimizer ----
 

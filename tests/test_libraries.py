@@ -450,7 +450,6 @@ COUNTED = {
     "SFT": ("num_tokens", "entropy", "mean_token_accuracy"),
     "DPO": ("num_tokens", "entropy", "mean_token_accuracy", "rewards/margins", "logps/chosen", "logits/rejected"),
 }
-POSITIONAL = "the mixin hands `args` to the class behind it by position, where DPOTrainer takes `ref_model`"
 HOW = [
     pytest.param("SFT", "mixin", id="SFT-mixin"),
     pytest.param("SFT", "patch", id="SFT-patch"),
@@ -492,7 +491,6 @@ def test_trl(preferences, name, how, scope, k, monkeypatch):
     assert abs(twice.logs[0]["entropy"] - stock.logs[0]["entropy"]) > 1e-6
 
 
-@pytest.mark.xfail(strict=True, raises=TypeError, reason=POSITIONAL)
 @pytest.mark.compat("Trainer behaviour", "trl: DPO behind the mixins")
 def test_dpo_behind_the_mixins(preferences):
     stock = finished(preferences("DPO"))
