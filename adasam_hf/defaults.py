@@ -61,7 +61,7 @@ class AdamDefaultsMixin(_Base):
     adam_defaults: dict[str, float] | None = field(default=None, metadata={"help": argparse.SUPPRESS})
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in _SAM_FLOATS and isinstance(value, int) and not isinstance(value, bool):
+        if name in _SAM_FLOATS and name in vars(self) and type(value) is int and abs(value) <= 1:
             value = float(value)  # a hyperparameter search converts each value to the type of the one before
         super().__setattr__(name, value)
         if name == "optim" or name in ADASAM_DEFAULTS:

@@ -636,3 +636,14 @@ def test_what_a_momentum_has_no_use_for(make, flags):
 def test_a_misspelt_optimizer(tmp_path, name):
     with pytest.raises(ValueError, match=f"optim='{name}' is unknown; did you mean 'adasam'"):
         AdaSAMTrainingArguments(str(tmp_path), optim=name, use_cpu=True)
+
+
+def test_a_search_over_radii_that_begins_with_an_integer_keeps_the_others():
+    """Transformers sets each trial's value as ``type(old)(value)``."""
+    args = AdaSAMTrainingArguments("out", optim="adasam", use_cpu=True)
+    found = []
+    for value in (0, 0.05, 0.5):
+        old = args.sam_rho
+        args.sam_rho = value if old is None else type(old)(value)
+        found.append(args.sam_rho)
+    assert found == [0, 0.05, 0.5]
