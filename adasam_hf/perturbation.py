@@ -169,6 +169,12 @@ class Perturbation:
             finally:
                 self.restore()  # where Ctrl-C cut the first call short
 
+    def forget_spent_gradients(self) -> None:
+        """Whoever has taken the gradients of the last second pass away says so here, and the next ascent may begin."""
+        if self._spent is not None:
+            self._spent.close()
+            self._spent = None
+
     def release(self) -> None:
         """Restore and free what is kept between steps."""
         self.restore()

@@ -105,6 +105,7 @@ class TwoPassStep:
             self._look_at_gradients(window)
         else:
             window.leftover = take_gradients(self._reached())
+            self.perturbation.forget_spent_gradients()
         loss = self._ascent(window, position, inputs, ascent_step or stock_step, sync)
         if self._scope == "microbatch" or position == len(window) - 1:
             self._descent(window, stock_step, sync)
