@@ -37,6 +37,19 @@ class SharpnessAwareRun:
 
     def __init__(self, trainer: SharpnessAwareTrainer) -> None:
         self.args = trainer.args
+        self._build(trainer, StepMetrics())
+        self._window, self._window_step = Window([]), -1
+        self._finish: Callable[[], None] | None = None  # of the window whose micro-batch was taken last
+        self._ascent_items: Tensor | int | None = None  # `num_items_in_batch` of what the ascent sees
+        self._first_step: int | None = None  # None until a step has begun
+        self._monitor = RadiusMonitor(max(self.planner.radii, default=0.0))
+        self._planned = 0  # steps of this training that were to be perturbed, as far as they have been logged
+        self._perturbed = 0.0  # … and that were
+        self._reasons: set[str] = set()
+
+    def _build(self, trainer: SharpnessAwareTrainer, metrics: StepMetrics) -> None:
+        """What holds on to the optimizer."""
+        self._optimizer = trainer.optimizer
         self.planner = Planner(self.args, trainer.model, trainer.optimizer)
         self.step = TwoPassStep(
             trainer.model,
@@ -44,7 +57,7 @@ class SharpnessAwareRun:
             scope=self.args.sam_scope,
             same_masks=self.args.sam_dropout == "same",
             adaptive=self.args.sam_adaptive,
-            metrics=StepMetrics(),
+            metrics=metrics,
             around_descent=partial(counters.unchanged, trainer),
             beside=[value for value in vars(trainer).values() if isinstance(value, nn.Module)],
             loss_scale=partial(_loss_scale, trainer),
@@ -52,14 +65,6 @@ class SharpnessAwareRun:
         )
         if self.args.sam_reuse:
             self.step.previous = self.planner.previous
-        self._window = Window([])
-        self._stock_step: Callable[[Any], Tensor] | None = None
-        self._ascent_items: Tensor | int | None = None  # `num_items_in_batch` of what the ascent sees
-        self._first_step: int | None = None  # None until a step has begun
-        self._monitor = RadiusMonitor(max(self.planner.radii, default=0.0))
-        self._planned = 0  # steps of this training that were to be perturbed, as far as they have been logged
-        self._perturbed = 0.0  # … and that were
-        self._reasons: set[str] = set()
 
     @property
     def metrics(self) -> StepMetrics:
@@ -70,8 +75,8 @@ class SharpnessAwareRun:
 
     def begin_step(self, trainer: SharpnessAwareTrainer, samples: list[Any]) -> Window:
         """Plan the optimizer step whose micro-batches `samples` are. Returns its window."""
-        if self._window.plan.perturbs and not self._window.complete:
-            self.metrics.reasons.add(SKIPPED)
+        self._leave_window(trainer)
+        self._follow_optimizer(trainer)
         first = self._first_step is None
         if first:
             self._first_step = trainer.state.global_step
@@ -81,8 +86,24 @@ class SharpnessAwareRun:
             self._plan(trainer, window)
         if first:
             self._introduce(trainer, window)
-        self._window = window
+        self._window, self._window_step = window, trainer.state.global_step
         return window
+
+    def _leave_window(self, trainer: SharpnessAwareTrainer) -> None:
+        """See to a window that has not been gone through: without an update, its gradients belong to the next one."""
+        window = self._window
+        if not window.plan.perturbs or window.complete:
+            return
+        self.metrics.reasons.add(SKIPPED)
+        if self._finish is not None and trainer.state.global_step == self._window_step:
+            self._finish()
+
+    def _follow_optimizer(self, trainer: SharpnessAwareTrainer) -> None:
+        """A callback may have put another optimizer in the place of the one that the run began with."""
+        if trainer.optimizer is not self._optimizer:
+            metrics = self.metrics
+            self.step.perturbation.release()
+            self._build(trainer, metrics)
 
     def _plan(self, trainer: SharpnessAwareTrainer, window: Window) -> None:
         """Look at the optimizer's groups, the schedule and the rows; once more when the step really begins."""
@@ -120,7 +141,7 @@ class SharpnessAwareRun:
         ascent_step: AscentStep,
     ) -> Tensor:
         """One micro-batch of the present window, or a window of one if there is none: a call by hand."""
-        if not (self._window and trainer.is_in_train):
+        if not self._is_of_window(trainer):
             self.begin_step(trainer, [inputs])
         window = self._window
         if not window.begun:
@@ -131,18 +152,26 @@ class SharpnessAwareRun:
                     train()
             # Callbacks have been told that the step begins, and may have thawed layers, or added a group.
             window.begun = True
+            self._follow_optimizer(trainer)
             self._plan(trainer, window)
-        self._stock_step = stock_step
+        sync = self._synchronization(trainer, model, window)
+        self._finish = partial(self.step.finish, window, stock_step, sync)
         ascent = None
         if window.ascent_inputs is not None:
             micro_batches = sum(batch is not None for batch in window.ascent_inputs)
             ascent = partial(ascent_step, self._ascent_items, micro_batches)
-        return self.step(window, inputs, stock_step, self._synchronization(trainer, model, window), ascent)
+        return self.step(window, inputs, stock_step, sync, ascent)
 
-    def finish_step(self, trainer: SharpnessAwareTrainer, model: nn.Module) -> None:
+    def _is_of_window(self, trainer: SharpnessAwareTrainer) -> bool:
+        """Whether the micro-batch at hand is one of the present window, and not one that a loop has brought itself."""
+        window = self._window
+        here = bool(window) and trainer.is_in_train and trainer.state.global_step == self._window_step
+        return here and (window.iterating or not window.complete)
+
+    def finish_step(self) -> None:
         """Before the update: see to what a trainer has left of the window."""
-        if self._stock_step is not None:
-            self.step.finish(self._window, self._stock_step, self._synchronization(trainer, model, self._window))
+        if self._finish is not None:
+            self._finish()
 
     def _synchronization(self, trainer: SharpnessAwareTrainer, model: nn.Module, window: Window) -> Synchronization:
         # Which micro-batches take part in an ascent over a share of the rows is each process's own affair.

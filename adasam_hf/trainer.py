@@ -189,16 +189,16 @@ class SharpnessAwareTrainerMixin(ModelCardMixin, CompleteCheckpointsMixin, _Base
     # What is left of a window that a trainer has broken off; both come before every update.
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        self._finish_step(model)
+        self._finish_step()
         return super()._clip_grad_norm(model)
 
     def _get_grad_norm(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        self._finish_step(model)
+        self._finish_step()
         return super()._get_grad_norm(model, *args, **kwargs)
 
-    def _finish_step(self, model: nn.Module) -> None:
+    def _finish_step(self) -> None:
         if self._run is not None:
-            self._run.finish_step(self, model)
+            self._run.finish_step()
 
     # ---- what people see ----
 

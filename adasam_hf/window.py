@@ -78,6 +78,11 @@ class Window(list[Any]):
         self._at = None
 
     @property
+    def iterating(self) -> bool:
+        """Whether somebody goes through the window now."""
+        return self._at is not None
+
+    @property
     def position(self) -> int:
         """That of the micro-batch at hand. (Counted, if the window has been taken apart rather than iterated over.)"""
         return min(len(self.passes), len(self) - 1) if self._at is None else self._at

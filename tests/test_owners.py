@@ -252,3 +252,34 @@ def test_layers_that_are_frozen_stay_where_they_are(build):
     words, everything = zip(*away, strict=True)
     assert [w > 0 for w in words] == [True, True, False, False, False]  # steps 1 to 5; step 0 has no momentum yet
     assert everything == pytest.approx([RHO] * 5, rel=1e-9)
+
+
+@SCOPES
+def test_an_optimizer_that_is_replaced_is_followed(build, scope):
+    """From step 2 on another one updates, and what it has is perturbed."""
+    rows = make_rows(16)
+    model = bert()
+    model.bert.requires_grad_(False)
+
+    def replace(model, *_):
+        model.requires_grad_(True)
+        trainer.optimizer = trainer.accelerator.prepare(torch.optim.SGD(model.parameters(), lr=LR))
+
+    optimizer = torch.optim.SGD(model.classifier.parameters(), lr=LR)
+    flags = {"optimizers": (optimizer, None), "sam_rho": RHO, "sam_scope": scope}
+    trainer = build(Sharp, model, rows, callbacks=[AtStep(2, replace)], **flags)
+    trainer.train()
+
+    def by_hand(followed):
+        other = bert()
+        other.bert.requires_grad_(False)
+        hand = by_hand_for(other)
+        for step, window in enumerate(windows(rows, 1)):
+            if step == 2:
+                other.requires_grad_(True)
+            climbing = other.parameters() if step >= 2 and followed else other.classifier.parameters()
+            hand.step(window, scope, dict.fromkeys(climbing, RHO))
+        return flat(other)
+
+    assert (flat(model) - by_hand(followed=True)).abs().max() < 1e-12
+    assert (flat(model) - by_hand(followed=False)).abs().max() > 1e-6

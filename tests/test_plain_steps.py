@@ -4,7 +4,9 @@ import pytest
 import torch
 from conftest import InOrder, Plain, Sharp, flat, make_model, make_rows
 from torch import nn
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
+
+from adasam_hf import SharpnessAwareTrainerMixin
 
 RHO = 0.05
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -199,3 +201,54 @@ def test_a_means_only_over_perturbed_steps(build):
     assert len(single) == 4 and min(single) > 0
     assert together.entries[0]["sam_gap"] == pytest.approx(sum(single) / 4, rel=1e-9)
     assert "sam_gap" not in each.entries[1] and each.entries[1]["sam_rho"] == 0.5
+
+
+class StopsTheEpoch(TrainerCallback):
+    """After the first micro-batch of the second step."""
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        control.should_epoch_stop = state.global_step == 1
+
+
+@pytest.mark.parametrize("flags", [{}, {"sam_ascent_fraction": 0.5}, {"sam_parameters": "classifier"}])
+def test_a_window_that_ends_with_its_epoch_leaves_its_gradient_to_the_next(build, flags):
+    """As in stock, where nothing clears it."""
+
+    def trained(kind, **more):
+        options = {"optim": "sgd", "learning_rate": 1e-2, "gradient_accumulation_steps": 2, "num_train_epochs": 2}
+        model = make_model("bert", **NO_DROPOUT)
+        trainer = build(kind, model, make_rows(24), callbacks=[StopsTheEpoch()], **options, **more)
+        trainer.train()
+        return flat(model)
+
+    stock = trained(Plain)
+    assert (trained(Sharp, sam_rho=1e-10, **flags) - stock).abs().max() < 1e-8
+    assert (trained(Sharp, sam_rho=0.5, **flags) - stock).abs().max() > 1e-5
+
+
+class OwnEpoch(Trainer):
+    """A loop that brings its micro-batches itself, in a class behind the mixin."""
+
+    def _run_epoch(self, model, epoch, train_dataloader, **kwargs):
+        self.current_gradient_accumulation_steps = 1
+        for batch in train_dataloader:
+            self.training_step(model, batch)
+            self.optimizer.step()
+            model.zero_grad()
+            self.state.global_step += 1
+
+
+def test_a_loop_behind_the_mixin_follows_the_schedule(build):
+    """Each of its calls is a step of its own; only those from the middle on are perturbed."""
+
+    def trained(start):
+        kind = type("Own", (InOrder, SharpnessAwareTrainerMixin, OwnEpoch), {})
+        model = make_model("bert", **NO_DROPOUT)
+        passes = []
+        model.register_forward_pre_hook(lambda *_: passes.append(trainer.state.global_step))
+        trainer = build(kind, model, make_rows(24), optim="sgd", sam_rho=0.5, sam_start=start)
+        trainer.train()
+        return [passes.count(step) for step in range(6)]
+
+    assert trained(0.5) == [1, 1, 1, 2, 2, 2]
+    assert trained(0.0) == [2] * 6
