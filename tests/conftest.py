@@ -191,7 +191,9 @@ def build(tmp_path):
 
 
 def load_script(name: str, folder: str = "scripts"):
-    """A file of scripts/ as a module."""
+    """A file of scripts/ as a module, the same one however many tests ask for it."""
+    if name in sys.modules:
+        return sys.modules[name]
     path = Path(__file__).parent.parent / folder / f"{name}.py"
     spec = importlib.util.spec_from_file_location(name, path)
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
