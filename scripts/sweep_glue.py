@@ -84,6 +84,7 @@ MACHINE |= {"dataloader_prefetch_factor", "dataloader_persistent_workers", "data
 MACHINE |= {"report_to", "project", "log_level", "log_level_replica", "log_on_each_node", "skip_memory_metrics"}
 MACHINE |= {"per_device_eval_batch_size", "eval_accumulation_steps", "save_total_limit", "save_only_model"}
 MACHINE |= {name for name in ARGUMENTS if name.startswith(("hub_", "push_to_hub", "trackio_"))}
+MACHINE |= {"adam_defaults"}  # says who set β2 and ε, whose numbers are compared
 SAVING = {"save_strategy", "save_steps"}  # of which the weights depend only where the best checkpoint is taken
 OVERHEAD = 20.0  # seconds of a run that do not depend on its rows: imports, loading, evaluation
 
