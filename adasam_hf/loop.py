@@ -2,10 +2,8 @@
 
 from dataclasses import dataclass
 from functools import partial
-from types import SimpleNamespace
-from typing import Any, ClassVar, cast, get_args
+from typing import Any, ClassVar, get_args
 
-import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
@@ -14,19 +12,18 @@ from torch.optim import Optimizer
 from . import activity
 from .directions import DIRECTIONS, DirectionName, innermost
 from .hyperparameters import check_radius
-from .interfaces import SharpnessAwareTrainer
-from .metrics import SKIPPED, StepMetrics
+from .metrics import SKIPPED, StepMetrics, loss_scale
 from .microbatch import LossFunction, MicroBatch
 from .monitor import RadiusMonitor
 from .optim import AdaSAM
 from .parameters import optimized, reached
 from .plan import Planner
 from .reading import read_choice, read_pattern, read_truth_value
-from .refusals import refuse_unsupported
+from .refusals import Setup, refuse_unsupported
 from .schedule import Schedule
 from .step import TwoPassStep
 from .synchronization import Synchronization, ascends_per_process
-from .training_args import Dropout, Scope, SharpnessAwareArgumentsMixin
+from .training_args import Dropout, Scope
 from .window import StepPlan, Window
 
 
@@ -101,7 +98,7 @@ class SharpnessAwareLoop:
             read_pattern("parameters", parameters, "'all', 'norm' or a regular expression over parameter names"),
             read_choice("direction", direction, DIRECTIONS),
         )
-        self._planner = Planner(cast(SharpnessAwareArgumentsMixin, self._settings), self._inner, self._optimizer)
+        self._planner = Planner(self._settings, self._inner, self._optimizer)
         self.rho = rho
         self._check_parts()
         self._step = TwoPassStep(
@@ -111,9 +108,10 @@ class SharpnessAwareLoop:
             same_masks=read_choice("dropout", dropout, get_args(Dropout)) == "same",
             adaptive=read_truth_value("adaptive", adaptive),
             metrics=StepMetrics(),
-            loss_scale=partial(_loss_scale, accelerator),
+            loss_scale=partial(loss_scale, accelerator),
+            prefix="",
         )
-        self._monitor = RadiusMonitor(max(self._planner.radii, default=0.0))
+        self._monitor = RadiusMonitor(max(self._planner.radii, default=0.0), name="rho")
         self._plan: StepPlan | None = None  # of the optimizer step that has begun
         self._open: _OpenWindow | None = None  # its micro-batches, if they are to have a second pass together
         self._closed: _OpenWindow | None = None  # those of the step before, until an update has taken their gradients
@@ -156,7 +154,25 @@ class SharpnessAwareLoop:
             for group in self._optimizer.param_groups:
                 group["rho"] = rho
         if any(self._planner.radii):
-            refuse_unsupported(_as_trainer(self._accelerator, self._model, self._optimizer, self._settings))
+            refuse_unsupported(self._setup())
+
+    def _setup(self) -> Setup:
+        model = self._model
+        return Setup(
+            rho=self.rho,
+            optimizer=type(self._optimizer).__name__.lower(),
+            direction=self._settings.resolved_direction,
+            parameters=self._settings.sam_parameters,
+            per_process=ascends_per_process(self._settings),
+            accelerator=self._accelerator,
+            processes=self._accelerator.num_processes,
+            devices=len(model.device_ids) if isinstance(model, nn.DataParallel) else 1,
+            accumulates=self._accelerator.gradient_accumulation_steps > 1,
+            static_graph=getattr(model, "static_graph", False),
+            reentrant=False,  # which is not known
+            split=len({p.device for p in model.parameters()}) > 1,
+            prefix="",
+        )
 
     # ---- one micro-batch ----
 
@@ -292,6 +308,10 @@ class _OpenWindow(Window):
 
     closed = False
 
+    def position_of(self, micro_batch: Any) -> int:
+        """Those whose first pass has failed do not count."""
+        return len(self.passes)
+
     @property
     def unfinished(self) -> bool:
         """Whether a first pass has been taken, and not all of the second."""
@@ -317,6 +337,7 @@ class _OpenWindow(Window):
                 "and stay as it is until the update: sam.backward(loss_fn, batch)"
             )
         self[:] = [*ahead, micro_batch] if last else [*ahead, micro_batch, None]
+        self.size = len(self)
         if last:
             self.losses = [one.clean_loss / len(self) for one in ahead]
 
@@ -334,34 +355,8 @@ class _Settings:
     sam_schedule: ClassVar = Schedule()
     sam_rho_schedule: ClassVar = "constant"
     sam_reuse: ClassVar = False
-    optim: ClassVar = ""
+    optim: str = ""
 
     @property
     def resolved_rho(self) -> float:
         return self.sam_rho or 0.0
-
-
-def _as_trainer(
-    accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, settings: _Settings
-) -> SharpnessAwareTrainer:
-    """A loop in the shape of what `refusals` looks at."""
-    surroundings = {
-        "optim": type(optimizer).__name__.lower(),
-        "n_gpu": len(model.device_ids) if isinstance(model, nn.DataParallel) else 1,
-        "world_size": accelerator.num_processes,
-        "ddp_static_graph": getattr(model, "static_graph", False),
-        "gradient_accumulation_steps": accelerator.gradient_accumulation_steps,
-        "gradient_checkpointing_kwargs": None,
-    }
-    trainer = SimpleNamespace(
-        args=SimpleNamespace(**vars(settings) | surroundings),
-        accelerator=accelerator,
-        is_model_parallel=len({p.device for p in model.parameters()}) > 1,
-    )
-    return cast(SharpnessAwareTrainer, trainer)
-
-
-def _loss_scale(accelerator: Accelerator) -> float | Tensor:
-    if accelerator.scaler is None:
-        return 1.0
-    return accelerator.scaler.scale(torch.ones((), device=accelerator.device))  # `get_scale` would wait for the device

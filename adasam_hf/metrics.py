@@ -10,7 +10,15 @@ from torch import Tensor
 # Why a step that was to perturb the weights was a plain one.
 SKIPPED = "the trainer did not take all of its micro-batches to the end (a batch that it skips, or gives up)"
 NO_GRADIENT = "the batch has no gradient for any parameter that may move"
+FROZEN = "all parameters that sam_parameters names are frozen"
 NO_NORM = "the gradient was 0 or not finite (rows without labels, or an overflow)"
+
+
+def loss_scale(accelerator: Accelerator) -> float | Tensor:
+    """By which gradients are larger than those of the loss: a gradient scaler's factor, without waiting for it."""
+    if accelerator.scaler is None:
+        return 1.0
+    return accelerator.scaler.scale(torch.ones((), device=accelerator.device))  # `get_scale` would wait for the device
 
 
 @dataclass

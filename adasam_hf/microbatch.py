@@ -1,6 +1,5 @@
 """One call of a loss function that can be made a second time, and whether it would be the same call."""
 
-import copy
 import dis
 from collections.abc import Callable, Iterator, MutableMapping
 from functools import lru_cache, partial
@@ -8,6 +7,8 @@ from types import CodeType
 from typing import Any
 
 from torch import Tensor
+
+from .containers import copy_containers
 
 LossFunction = Callable[..., Tensor]
 
@@ -31,7 +32,7 @@ class MicroBatch:
                 "(a function reads the variables around it when it is called); pass them as arguments: "
                 "sam.backward(loss_fn, batch)"
             )
-        self._loss_fn, self._inputs = loss_fn, _copy(inputs)
+        self._loss_fn, self._inputs = loss_fn, copy_containers(inputs)
         for name, tensor in self.items():
             if tensor.grad_fn is not None:
                 raise TypeError(
@@ -44,7 +45,7 @@ class MicroBatch:
 
     def loss(self) -> Tensor:
         """Call the function. Dictionaries and lists are copies, so that what it takes out of them is there again."""
-        loss = self._loss_fn(*_copy(self._inputs))
+        loss = self._loss_fn(*copy_containers(self._inputs))
         if not isinstance(loss, Tensor):
             raise TypeError(f"loss_fn returned {type(loss).__name__}; it must return the loss, a tensor of one element")
         return loss
@@ -94,15 +95,6 @@ def _globals_of(code: CodeType) -> frozenset[str]:
     names = {step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL"}
     inner = (const for const in code.co_consts if isinstance(const, CodeType))
     return frozenset(names).union(*(_globals_of(one) for one in inner))
-
-
-def _copy(value: Any) -> Any:
-    """Other containers, with the same tensors in them."""
-    if isinstance(value, MutableMapping):
-        result = copy.copy(value)
-        result.update({key: _copy(item) for key, item in value.items()})
-        return result
-    return type(value)(map(_copy, value)) if type(value) in (list, tuple) else value
 
 
 def _tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:

@@ -24,10 +24,11 @@ class RadiusMonitor:
 
     Args:
         rho: the radius of the arguments, before any schedule.
+        name: of that argument.
     """
 
-    def __init__(self, rho: float) -> None:
-        self._rho = rho
+    def __init__(self, rho: float, name: str = "sam_rho") -> None:
+        self._rho, self._name = rho, name
         self._highest = 0.0
         self._steps_far = 0.0
         self._stretch = [0.0, 0.0, 0.0]  # steps, sum of the loss, sum of the gap
@@ -52,9 +53,9 @@ class RadiusMonitor:
         if self._steps_far >= _PATIENCE:
             self._warn_once(
                 "large",
-                f"sam_rho={self._rho:g} looks far too large: for {self._steps_far:g} steps the perturbed loss "
+                f"{self._name}={self._rho:g} looks far too large: for {self._steps_far:g} steps the perturbed loss "
                 f"({sam_loss:.3g}) has been more than {_FAR:g} times the highest loss of this run "
-                f"({self._highest:.3g}); try sam_rho={self._rho / 4:.1g}",
+                f"({self._highest:.3g}); try {self._name}={self._rho / 4:.1g}",
             )
         if warm:
             self._look_for_collapse(steps, loss, values["sam_gap"])
@@ -69,11 +70,17 @@ class RadiusMonitor:
             )
 
     def never(self, planned: int, reasons: Collection[str]) -> None:
-        """A training has ended without a perturbed step."""
+        """A training has ended without a perturbed step, of which `planned` were to be."""
+        if not planned:
+            logger.warning(
+                f"{self._name}={self._rho:g}, but no step of this training was to be perturbed, so it was plain "
+                "training: it ended outside sam_start to sam_end, or its loop does not call training_step"
+            )
+            return
         why = f" ({'; '.join(sorted(reasons))})" if reasons else ""
         logger.warning(
-            f"sam_rho={self._rho:g}, but none of this training's {planned} steps that were to be perturbed was: it was "
-            f"plain training{why}"
+            f"{self._name}={self._rho:g}, but none of this training's {planned} steps that were to be perturbed was: "
+            f"it was plain training{why}"
         )
 
     def _look_for_collapse(self, steps: float, loss: float, gap: float) -> None:
@@ -90,8 +97,8 @@ class RadiusMonitor:
         if self._stuck == 2:
             self._warn_once(
                 "large",
-                f"sam_rho={self._rho:g} may be too large: the loss ({loss:.3g}) is where it began, and the perturbed "
-                f"loss is {gap / loss:.0%} higher; if the run does not learn, try sam_rho={self._rho / 4:.1g}",
+                f"{self._name}={self._rho:g} may be too large: the loss ({loss:.3g}) is where it began, and the "
+                f"perturbed loss is {gap / loss:.0%} higher; if the run does not learn, try {self._name}={self._rho / 4:.1g}",
             )
 
     def _warn_once(self, what: str, message: str) -> None:

@@ -1,22 +1,44 @@
 """When, along what and how far the weights are perturbed: from the arguments, the optimizer's groups and progress."""
 
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 from torch.optim import Optimizer
 from transformers.utils import logging
 
-from .directions import DIRECTIONS, Direction, PreviousAscent, innermost
+from .directions import DIRECTIONS, Direction, DirectionName, PreviousAscent, innermost
+from .metrics import FROZEN
 from .optim import AdaSAM
 from .parameters import choose_parameters, optimized
-from .schedule import PeakRates
-from .training_args import RADIUS_ZERO, SharpnessAwareArgumentsMixin
+from .schedule import PeakRates, Schedule
+from .training_args import RADIUS_ZERO
 from .window import StepPlan
 
 logger = logging.get_logger(__name__)
 
 
-def base_radii(args: SharpnessAwareArgumentsMixin, optimizer: Optimizer) -> list[float]:
+class PlanArguments(Protocol):
+    """What is read of the arguments: a Trainer's, or those of a loop."""
+
+    optim: Any
+
+    @property
+    def sam_rho(self) -> float | None: ...
+    @property
+    def sam_rho_schedule(self) -> str: ...
+    @property
+    def sam_reuse(self) -> bool: ...
+    @property
+    def sam_parameters(self) -> str: ...
+    @property
+    def sam_schedule(self) -> Schedule: ...
+    @property
+    def resolved_rho(self) -> float: ...
+    @property
+    def resolved_direction(self) -> DirectionName: ...
+
+
+def base_radii(args: PlanArguments, optimizer: Optimizer) -> list[float]:
     """The radius of each parameter group, before any schedule.
 
     That of the arguments; where `sam_rho` is unset, an `AdaSAM` in use brings its own.
@@ -39,13 +61,14 @@ class Planner:
         previous: what was ascended along last, for `sam_reuse`.
     """
 
-    def __init__(self, args: SharpnessAwareArgumentsMixin, model: nn.Module, optimizer: Optimizer) -> None:
+    def __init__(self, args: PlanArguments, model: nn.Module, optimizer: Optimizer) -> None:
         self.args, self._model, self._optimizer = args, model, optimizer
         self.own_direction = DIRECTIONS[args.resolved_direction](optimizer)
         self.previous = PreviousAscent(optimizer)
         if isinstance(adasam := innermost(optimizer), AdaSAM):
             adasam.warn_without_ascent = False  # here that is reported with its reasons
         self._peak_rates = PeakRates()
+        self._first_ascent: int | None = None  # the step of the first one of this training
 
     @property
     def radii(self) -> list[float]:
@@ -82,13 +105,16 @@ class Planner:
         step = min(step, total - 1)
         if step not in schedule.steps(total):
             return plain
-        if schedule.ascends(step, total) or (self.args.sam_reuse and not self.previous.vectors):
+        # (A training that uses an ascent again begins with one, and every process in the same step.)
+        if schedule.ascends(step, total) or (self.args.sam_reuse and self._first_ascent in (None, step)):
             direction = self.own_direction
+            if self._first_ascent is None:
+                self._first_ascent = step
         elif self.args.sam_reuse:
             direction = self.previous
         else:
             return plain
-        if not direction.first_pass and not self._has_vectors(direction):
+        if direction is self.own_direction and not direction.first_pass and not self._has_vectors(direction):
             if updated:
                 raise RuntimeError(
                     f"sam_direction={self.args.resolved_direction!r}: after an update the optimizer keeps no first "
@@ -96,8 +122,11 @@ class Planner:
                     "sam_direction='gradient'"
                 )
             return plain
+        chosen = self.chosen()
+        if chosen is not None and not chosen:
+            return plain._replace(obstacle=FROZEN)
         scheduled = [rho * schedule.factor(step, total, share) for rho, share in zip(radii, shares, strict=True)]
-        return StepPlan(scheduled, direction, self.chosen())
+        return StepPlan(scheduled, direction, chosen)
 
     def _rate_shares(self, groups: int) -> list[float]:
         """Of each group, its learning rate as a share of its peak so far. (Asked in every step, to see the peaks.)"""

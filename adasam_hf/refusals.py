@@ -1,9 +1,11 @@
 """What the two-pass step refuses, before anything is trained. What is not shown to work is refused."""
 
 import inspect
+from dataclasses import dataclass
 from types import CodeType
-from typing import Any
+from typing import Any, NamedTuple, Self
 
+from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from transformers import Trainer
 from transformers.utils import logging
@@ -20,56 +22,118 @@ _DDP = "use DistributedDataParallel (torchrun), or FSDP2 if the model is too lar
 _REPLICATED = {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU}
 
 
-def _obstacle(trainer: SharpnessAwareTrainer) -> tuple[str, str] | None:
-    """(what stands in the way, what to do instead), or None."""
-    args, accelerator = trainer.args, trainer.accelerator
-    kind = accelerator.distributed_type
-    partial = args.sam_parameters != "all"
-    alone = ascends_per_process(args)
-    name = str(getattr(args.optim, "value", args.optim))
-    if "lomo" in name or "layerwise" in name:
-        return f"optim={name!r}, which updates the weights inside backward", "choose another optimizer"
-    if args.resolved_direction == "momentum" and name.startswith(("galore", "apollo")):
-        return (
-            f"optim={name!r} along its momentum, which has another shape than the weights",
+@dataclass(frozen=True)
+class Setup:
+    """What a sharpness-aware training runs on, as far as it decides whether that is supported.
+
+    Attributes:
+        rho: the radius, as the user gave it.
+        optimizer: its name.
+        direction, parameters: those of the ascent.
+        per_process: whether each process ascends along its own gradient.
+        accelerator: with its kind of distribution.
+        processes: how many there are.
+        devices: of this process, for `torch.nn.DataParallel`.
+        accumulates: whether a step has several micro-batches.
+        static_graph: whether DistributedDataParallel takes the graph to be the same in every pass.
+        reentrant: whether activations are checkpointed by a backward pass inside another.
+        split: whether the model is spread over several devices.
+        sharded_when_loaded: whether Transformers has sharded the model.
+        prefix: of the arguments' names.
+    """
+
+    rho: float | None
+    optimizer: str
+    direction: str
+    parameters: str
+    per_process: bool
+    accelerator: Accelerator
+    processes: int
+    devices: int
+    accumulates: bool
+    static_graph: bool
+    reentrant: bool
+    split: bool
+    sharded_when_loaded: bool = False
+    prefix: str = "sam_"
+
+    @classmethod
+    def of_trainer(cls, trainer: SharpnessAwareTrainer) -> Self:
+        """That of a Trainer."""
+        args = trainer.args
+        return cls(
+            rho=args.sam_rho,
+            optimizer=str(getattr(args.optim, "value", args.optim)),
+            direction=args.resolved_direction,
+            parameters=args.sam_parameters,
+            per_process=ascends_per_process(args),
+            accelerator=trainer.accelerator,
+            processes=args.world_size,
+            devices=args.n_gpu,
+            accumulates=args.gradient_accumulation_steps > 1,
+            static_graph=bool(args.ddp_static_graph),
+            reentrant=_checkpoints_reentrantly(args),
+            split=trainer.is_model_parallel,
+            sharded_when_loaded=getattr(trainer, "is_distributed_loading_by_transformers", False),
+        )
+
+
+class Obstacle(NamedTuple):
+    """What stands in the way of a sharpness-aware training."""
+
+    problem: str
+    remedy: str
+
+
+def obstacle(setup: Setup) -> Obstacle | None:
+    """What `setup` has that is not supported, or None."""
+    kind, sam = setup.accelerator.distributed_type, setup.prefix
+    partial = setup.parameters != "all"
+    if "lomo" in setup.optimizer or "layerwise" in setup.optimizer:
+        return Obstacle(
+            f"optim={setup.optimizer!r}, which updates the weights inside backward", "choose another optimizer"
+        )
+    if setup.direction == "momentum" and setup.optimizer.startswith(("galore", "apollo")):
+        return Obstacle(
+            f"optim={setup.optimizer!r} along its momentum, which has another shape than the weights",
             "use sam_direction='gradient' (sam_preset='full' or 'fast')",
         )
     if kind is DistributedType.DEEPSPEED:
-        return "DeepSpeed, whose engine updates the weights inside backward", _DDP
-    if getattr(trainer, "is_distributed_loading_by_transformers", False):
-        return "a model sharded when it was loaded (distributed_config)", _DDP
-    if trainer.is_model_parallel:
-        return "a model spread over several devices", "load it on one device (without device_map), or " + _DDP
-    if parallelism := getattr(accelerator, "parallelism_config", None):
+        return Obstacle("DeepSpeed, whose engine updates the weights inside backward", _DDP)
+    if setup.sharded_when_loaded:
+        return Obstacle("a model sharded when it was loaded (distributed_config)", _DDP)
+    if setup.split:
+        return Obstacle("a model spread over several devices", "load it on one device (without device_map), or " + _DDP)
+    if parallelism := getattr(setup.accelerator, "parallelism_config", None):
         for kind_of, flag in (("tensor", "tp"), ("context", "cp"), ("sequence", "sp")):
             if getattr(parallelism, f"{flag}_enabled", False):
-                return f"{kind_of} parallelism", _DDP
-    if args.n_gpu > 1:
-        return (
-            f"torch.nn.DataParallel over {args.n_gpu} devices",
+                return Obstacle(f"{kind_of} parallelism", _DDP)
+    if setup.devices > 1:
+        return Obstacle(
+            f"torch.nn.DataParallel over {setup.devices} devices",
             "start it with torchrun, or show it one device (CUDA_VISIBLE_DEVICES=0)",
         )
-    if partial and _checkpoints_reentrantly(args):
-        return (
-            f"sam_parameters={args.sam_parameters!r} and reentrant gradient checkpointing, which drops gradients then",
+    if partial and setup.reentrant:
+        return Obstacle(
+            f"{sam}parameters={setup.parameters!r} and reentrant gradient checkpointing, which drops gradients then",
             "use gradient_checkpointing_kwargs={'use_reentrant': False}",
         )
     if kind is DistributedType.FSDP:
-        if not accelerator.is_fsdp2:
-            return "FSDP version 1", "use version 2 (fsdp_config={'version': 2}), or DistributedDataParallel"
-        if alone:
-            return (
+        if not setup.accelerator.is_fsdp2:
+            return Obstacle("FSDP version 1", "use version 2 (fsdp_config={'version': 2}), or DistributedDataParallel")
+        if setup.per_process:
+            return Obstacle(
                 "FSDP2 and an ascent of each process by itself, whose gradients it does not hand out",
-                "use sam_scope='batch' with sam_sync=True",
+                f"use {sam}scope='batch' with {sam}sync=True",
             )
         if partial:
-            return f"FSDP2 and sam_parameters={args.sam_parameters!r}", "use sam_parameters='all'"
+            return Obstacle(f"FSDP2 and {sam}parameters={setup.parameters!r}", f"use {sam}parameters='all'")
     elif kind not in _REPLICATED:
-        return f"{args.world_size} processes ({kind.value})", _DDP
-    elif args.ddp_static_graph and args.world_size > 1 and (alone or partial or args.gradient_accumulation_steps > 1):
-        return (
+        return Obstacle(f"{setup.processes} processes ({kind.value})", _DDP)
+    elif setup.static_graph and setup.processes > 1 and (setup.per_process or partial or setup.accumulates):
+        return Obstacle(
             "ddp_static_graph and backward passes without synchronization",
-            "leave ddp_static_graph unset, or use scope batch with sam_sync, all parameters and no accumulation",
+            f"leave ddp_static_graph unset, or use scope batch with {sam}sync, all parameters and no accumulation",
         )
     return None
 
@@ -79,13 +143,13 @@ def _checkpoints_reentrantly(args: SharpnessAwareArgumentsMixin) -> bool:
     return bool(kwargs and kwargs.get("use_reentrant"))
 
 
-def refuse_unsupported(trainer: SharpnessAwareTrainer) -> None:
-    """Raise NotImplementedError if a sharpness-aware `trainer` runs on something that is not supported."""
-    if obstacle := _obstacle(trainer):
-        problem, remedy = obstacle
+def refuse_unsupported(setup: Setup) -> None:
+    """Raise NotImplementedError if a sharpness-aware training would run on something that is not supported."""
+    if found := obstacle(setup):
+        sam = setup.prefix
         raise NotImplementedError(
-            f"sam_rho={trainer.args.sam_rho!r} with optim={str(trainer.args.optim)!r} is sharpness-aware, which is "
-            f"not supported with {problem}: {remedy}, or set sam_rho=0"
+            f"{sam}rho={setup.rho!r} with optim={setup.optimizer!r} is sharpness-aware, which is not supported with "
+            f"{found.problem}: {found.remedy}, or set {sam}rho=0"
         )
 
 

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
@@ -13,11 +12,11 @@ from . import counters
 from .description import describe
 from .directions import innermost
 from .interfaces import SharpnessAwareTrainer
-from .metrics import SKIPPED, StepMetrics
+from .metrics import SKIPPED, StepMetrics, loss_scale
 from .monitor import RadiusMonitor
 from .optim import AdaSAM
 from .plan import Planner
-from .rows import choose_rows, is_paired
+from .rows import AscentRows, choose_rows, is_paired
 from .step import TwoPassStep
 from .synchronization import Synchronization, ascends_per_process
 from .window import Window
@@ -40,7 +39,6 @@ class SharpnessAwareRun:
         self._build(trainer, StepMetrics())
         self._window, self._window_step = Window([]), -1
         self._finish: Callable[[], None] | None = None  # of the window whose micro-batch was taken last
-        self._ascent_items: Tensor | int | None = None  # `num_items_in_batch` of what the ascent sees
         self._first_step: int | None = None  # None until a step has begun
         self._monitor = RadiusMonitor(max(self.planner.radii, default=0.0))
         self._planned = 0  # steps of this training that were to be perturbed, as far as they have been logged
@@ -59,8 +57,8 @@ class SharpnessAwareRun:
             adaptive=self.args.sam_adaptive,
             metrics=metrics,
             around_descent=partial(counters.unchanged, trainer),
-            beside=[value for value in vars(trainer).values() if isinstance(value, nn.Module)],
-            loss_scale=partial(_loss_scale, trainer),
+            beside=lambda: vars(trainer).values(),
+            loss_scale=partial(loss_scale, trainer.accelerator),
             owner=f"{type(trainer).__qualname__}.training_step",
         )
         if self.args.sam_reuse:
@@ -109,28 +107,32 @@ class SharpnessAwareRun:
         """Look at the optimizer's groups, the schedule and the rows; once more when the step really begins."""
         updated = trainer.state.global_step > (self._first_step or 0)
         updated = updated and not trainer.accelerator.optimizer_step_was_skipped
-        known = window.plan.perturbs
+        known = window.plan.perturbs or window.plan.obstacle is not None
         window.plan = plan = self.planner.plan(trainer.state.global_step, trainer.state.max_steps, updated)
-        if not plan.perturbs or known:
-            return
-        if plan.ascends and self.args.resolved_ascent_fraction < 1:
+        if plan.obstacle is not None:
+            self.metrics.reasons.add(plan.obstacle)
+        elif plan.ascends and window.ascent_inputs is None and self.args.resolved_ascent_fraction < 1:
             self._choose_rows(trainer, window)
-        self.metrics.plan(max(plan.radii), window.ascent_share)
+        if (plan.perturbs or plan.obstacle is not None) and not known:
+            self.metrics.plan(max(plan.radii), window.ascent_share)
 
     def _choose_rows(self, trainer: SharpnessAwareTrainer, window: Window) -> None:
         """Choose what the ascent sees of each micro-batch."""
-        share, least = self.args.resolved_ascent_fraction, self.args.sam_ascent_min_rows
-        paired = is_paired(trainer)
         # In scope microbatch each micro-batch has an ascent of its own. FSDP2 gathers weights in every forward pass, so
         # that no process may leave one out.
         apart = self.args.sam_scope == "microbatch" or trainer.accelerator.is_fsdp2
         # (From the last micro-batch on.)
         parts = [[one] for one in reversed(window)] if apart else [list(reversed(window))]
-        chosen = [choose_rows(part, share, least, paired=paired) for part in parts]
-        window.ascent_inputs = [batch for part in chosen for batch in part.batches][::-1]
-        seen = [batch for batch in window.ascent_inputs if batch is not None]
+        chosen = [self._rows_of(trainer, part) for part in parts]
+        batches = [batch for part in chosen for batch in part.batches]
+        window.ascent_inputs = dict(zip(range(len(window)), reversed(batches), strict=True))
         window.ascent_share = sum(part.share * part.total for part in chosen) / sum(part.total for part in chosen)
-        self._ascent_items = trainer._get_num_items_in_batch(seen, trainer.args.device)
+        seen = [batch for batch in window.ascent_inputs.values() if batch is not None]
+        window.ascent_items = trainer._get_num_items_in_batch(seen, trainer.args.device)
+
+    def _rows_of(self, trainer: SharpnessAwareTrainer, batches: list[Any]) -> AscentRows:
+        share, least = self.args.resolved_ascent_fraction, self.args.sam_ascent_min_rows
+        return choose_rows(batches, share, least, paired=is_paired(trainer))
 
     def take(
         self,
@@ -141,7 +143,7 @@ class SharpnessAwareRun:
         ascent_step: AscentStep,
     ) -> Tensor:
         """One micro-batch of the present window, or a window of one if there is none: a call by hand."""
-        if not self._is_of_window(trainer):
+        if not self._is_of_window(trainer, inputs):
             self.begin_step(trainer, [inputs])
         window = self._window
         if not window.begun:
@@ -154,19 +156,26 @@ class SharpnessAwareRun:
             window.begun = True
             self._follow_optimizer(trainer)
             self._plan(trainer, window)
+            if not window.iterating and trainer.is_in_train:
+                # A `get_batch_samples` in front of ours has made another list, of which the Trainer knows the length.
+                window.size = getattr(trainer, "current_gradient_accumulation_steps", window.size)
+                window.ascent_items = None
         sync = self._synchronization(trainer, model, window)
         self._finish = partial(self.step.finish, window, stock_step, sync)
         ascent = None
         if window.ascent_inputs is not None:
-            micro_batches = sum(batch is not None for batch in window.ascent_inputs)
-            ascent = partial(ascent_step, self._ascent_items, micro_batches)
+            micro_batches = sum(batch is not None for batch in window.ascent_inputs.values())
+            if not window.iterating:
+                (window.ascent_inputs[window.position_of(inputs)],) = self._rows_of(trainer, [inputs]).batches
+                micro_batches = window.size
+            ascent = partial(ascent_step, window.ascent_items, micro_batches)
         return self.step(window, inputs, stock_step, sync, ascent)
 
-    def _is_of_window(self, trainer: SharpnessAwareTrainer) -> bool:
+    def _is_of_window(self, trainer: SharpnessAwareTrainer, inputs: Any) -> bool:
         """Whether the micro-batch at hand is one of the present window, and not one that a loop has brought itself."""
         window = self._window
         here = bool(window) and trainer.is_in_train and trainer.state.global_step == self._window_step
-        return here and (window.iterating or not window.complete)
+        return here and window.expects(inputs)
 
     def finish_step(self) -> None:
         """Before the update: see to what a trainer has left of the window."""
@@ -211,7 +220,7 @@ class SharpnessAwareRun:
     def end(self, trainer: SharpnessAwareTrainer) -> None:
         """The training has come to its end: look at the steps since the last log entry, and at all of them."""
         self.read_metrics(trainer)
-        if self._planned and not self._perturbed and trainer.is_world_process_zero():
+        if any(self.planner.radii) and not self._perturbed and trainer.is_world_process_zero():
             self._monitor.never(self._planned, self._reasons)
 
     @property
@@ -244,10 +253,3 @@ class SharpnessAwareRun:
             chosen = self.planner.chosen() if any(radii) else None
             what = (args, trainer.accelerator, trainer.model, trainer.optimizer, radii, chosen, window.ascent_share)
             logger.warning_advice(describe(*what))  # type: ignore[attr-defined]
-
-
-def _loss_scale(trainer: SharpnessAwareTrainer) -> float | Tensor:
-    scaler = trainer.accelerator.scaler
-    if scaler is None:
-        return 1.0
-    return scaler.scale(torch.ones((), device=trainer.accelerator.device))  # `get_scale` would wait for the device

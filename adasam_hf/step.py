@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from . import rng
 from .buffers import ModelState
+from .containers import copy_containers, modules_in
 from .directions import PreviousAscent
 from .metrics import NO_GRADIENT, SKIPPED, StepMetrics
 from .parameters import add_gradients, gradients_only_for, optimized, reached, take_gradients
@@ -48,9 +49,10 @@ class TwoPassStep:
         adaptive: see `Perturbation.ascend`.
         metrics: where what happens is counted.
         around_descent: a context for the stock steps of the descent, such as `counters.unchanged`.
-        beside: modules beside `model` that its loss runs through.
+        beside: things beside `model` in which there may be modules that its loss runs through; asked at every window.
         loss_scale: by which the gradients are larger than those of the loss (a gradient scaler's).
         owner: who takes the micro-batches, as messages name it.
+        prefix: of the arguments' names in messages.
     """
 
     def __init__(
@@ -63,9 +65,10 @@ class TwoPassStep:
         adaptive: bool,
         metrics: StepMetrics,
         around_descent: Callable[[], AbstractContextManager] = nullcontext,
-        beside: Iterable[nn.Module] = (),
+        beside: Callable[[], Iterable[Any]] = tuple,
         loss_scale: Callable[[], float | Tensor] = lambda: 1.0,
         owner: str = "the loop",
+        prefix: str = "sam_",
     ) -> None:
         self.perturbation = Perturbation(optimizer)
         self.previous: PreviousAscent | None = None
@@ -74,8 +77,8 @@ class TwoPassStep:
         self._model, self._optimizer = model, optimizer
         self._scope, self._same_masks, self._adaptive = scope, same_masks, adaptive
         self._around_descent, self._loss_scale, self._owner = around_descent, loss_scale, owner
-        self._modules = list(dict.fromkeys(m for root in (model, *beside) for m in root.modules()))
-        self._generators = rng.generators_of(self._modules)
+        self._prefix = prefix
+        self._beside = beside
         self._restrict = True  # whether the ascent may leave out the gradients of parameters that are not chosen
         self._warned_of_inputs = False
 
@@ -100,14 +103,15 @@ class TwoPassStep:
             return stock_step(inputs)
         if not window.plan.ascends:
             return self._single_pass(window, inputs, stock_step)
-        position = window.position
+        position = window.position_of(inputs)
         if window.passes:
             self._look_at_gradients(window)
         else:
+            window.modules = list(dict.fromkeys(modules_in((self._model, *self._beside()))))
             window.leftover = take_gradients(self._reached())
             self.perturbation.forget_spent_gradients()
         loss = self._ascent(window, position, inputs, ascent_step or stock_step, sync)
-        if self._scope == "microbatch" or position == len(window) - 1:
+        if self._scope == "microbatch" or position >= window.size - 1:
             self._descent(window, stock_step, sync)
         else:
             window.note_gradients(self._reached())
@@ -116,11 +120,14 @@ class TwoPassStep:
     def finish(self, window: Window, stock_step: StockStep, sync: Synchronization) -> None:
         """Before the update: what is left of a window that has not been gone through is a plain step.
 
-        ``.grad`` has the ascent's gradients, which are the stock step's, unless the ascent saw only a part of it all.
+        ``.grad`` has the ascent's gradients, which are the stock step's, unless the ascent saw only a part of it all,
+        or a descent has failed and taken them.
         """
         passes = window.take_passes()
-        if passes and (window.ascent_inputs is not None or window.plan.chosen is not None):
+        partial_ascent = window.ascent_inputs is not None or window.plan.chosen is not None
+        if passes and partial_ascent and not window.descended:
             take_gradients(self._reached())
+        if partial_ascent or window.descended:
             for one in passes:
                 with sync.of_descent(last=False), self._replay(one):
                     stock_step(one.inputs)
@@ -134,7 +141,7 @@ class TwoPassStep:
     def _single_pass(self, window: Window, inputs: Any, stock_step: StockStep) -> Tensor:
         with self._perturbed(window.plan) as norm:
             loss = stock_step(inputs)
-        self.metrics.perturbed(norm, 1 / len(window), self.perturbation.applied)
+        self.metrics.perturbed(norm, 1 / window.size, self.perturbation.applied)
         window.complete = True
         return loss
 
@@ -144,11 +151,12 @@ class TwoPassStep:
         """The stock step at w, on what the ascent sees and for the parameters that may move. Returns its loss."""
         if self._scope == "batch" and any(one.position == position for one in window.passes):
             raise RuntimeError(
-                f"{self._owner} takes one micro-batch of several twice, which sam_scope='batch' cannot replay: by the "
-                "second pass, whatever changed between the two calls has changed back; set sam_scope='microbatch', "
-                "gradient_accumulation_steps=1, or sam_rho=0"
+                f"{self._owner} takes one micro-batch of several twice, which {self._prefix}scope='batch' cannot "
+                "replay: by the second pass, whatever changed between the two calls has changed back; set "
+                f"{self._prefix}scope='microbatch', gradient_accumulation_steps=1, or {self._prefix}rho=0"
             )
-        one = Pass(inputs, rng.capture(self._generators), ModelState(self._modules), position)
+        generators = rng.generators_of(window.modules)
+        one = Pass(copy_containers(inputs), rng.capture(generators), ModelState(window.modules), position)
         window.passes.append(one)
         try:
             seen = inputs if window.ascent_inputs is None else window.ascent_inputs[position]
@@ -183,7 +191,7 @@ class TwoPassStep:
                 start.state.restore()
                 loss = ascent_step(seen)
         changed = [key for key, (tensor, number) in versions.items() if tensor._version != number]
-        if changed and seen is start.inputs and not self._warned_of_inputs:
+        if changed and window.ascent_inputs is None and not self._warned_of_inputs:
             self._warned_of_inputs = True
             logger.warning(
                 f"compute_loss, or the model, changes inputs {changed} in place. If the change is another one when it "
@@ -201,7 +209,7 @@ class TwoPassStep:
         have_gradient = {p for p in trainable if p.grad is not None}
         if self.previous is not None and plan.direction is not None:
             self.previous.remember(plan.direction)
-        after_ascent = ModelState(self._modules)
+        after_ascent = ModelState(window.modules)
         repeat = self._same_masks and window.ascent_inputs is None
         if self._same_masks and not repeat:
             # There are no masks to repeat, as those of the ascent had fewer rows: draw what a plain step would draw.
@@ -210,8 +218,11 @@ class TwoPassStep:
         with self._perturbed(plan) if have_gradient else nullcontext() as norm, self._around_descent():
             take_gradients(self._reached())  # of parameters outside the optimizer
             add_gradients(leftover)
+            window.descended = True
             try:
                 for i, one in enumerate(passes, 1):
+                    # If it fails and the trainer goes on, this micro-batch is one that it skips, as in stock.
+                    window.passes = passes[i:]
                     with sync.of_descent(last=i == len(passes)), self._replay(one, repeat):
                         sam_losses.append(stock_step(one.inputs))
             finally:
@@ -222,7 +233,7 @@ class TwoPassStep:
             return
         if plan.chosen is not None and self._restrict:
             self._look_for_hidden(set(trainable) - have_gradient - set(leftover))
-        share = len(passes) / len(window) if self._scope == "microbatch" else 1.0
+        share = len(passes) / window.size if self._scope == "microbatch" else 1.0
         self.metrics.perturbed(
             norm / self._loss_scale(),
             share,
@@ -254,8 +265,8 @@ class TwoPassStep:
         if not window.others_cleared_gradients():
             raise RuntimeError(
                 f"gradients have changed between two micro-batches of one step, in {self._owner} or a callback; in "
-                "sam_scope='batch' they are the ascent's, which is thrown away. Add to the loss in compute_loss, set "
-                "sam_scope='microbatch', or set sam_rho=0"
+                f"{self._prefix}scope='batch' they are the ascent's, which is thrown away. Add to the loss itself, set "
+                f"{self._prefix}scope='microbatch', or set {self._prefix}rho=0"
             )
         window.take_passes()
         window.losses, window.leftover = [], {}
@@ -265,8 +276,8 @@ class TwoPassStep:
         if any(p.grad is not None for p in without):
             self._restrict = False
             logger.warning(
-                "sam_parameters: some chosen parameters had a gradient in the second pass and none in the first: "
-                "reentrant gradient checkpointing hides them where its inputs need no gradient. From now on the first "
+                f"{self._prefix}parameters: some chosen parameters had a gradient in the second pass and none in the "
+                "first: reentrant gradient checkpointing hides them where its inputs need no gradient. From now on the first "
                 "pass computes the gradients of all parameters, which takes longer; use_reentrant=False avoids that"
             )
 

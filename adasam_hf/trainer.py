@@ -16,9 +16,10 @@ from transformers.trainer_utils import TrainOutput
 from . import activity
 from .card import ModelCardMixin
 from .checkpoints import CompleteCheckpointsMixin
+from .monitor import RadiusMonitor
 from .perturbation import Perturbation
 from .plan import base_radii
-from .refusals import refuse_overrides, refuse_unsupported
+from .refusals import Setup, refuse_overrides, refuse_unsupported
 from .run import SharpnessAwareRun
 from .training_args import (
     AdaSAMSeq2SeqTrainingArguments,
@@ -126,7 +127,7 @@ class SharpnessAwareTrainerMixin(ModelCardMixin, CompleteCheckpointsMixin, _Base
         return optimizer
 
     def _refuse(self) -> None:
-        refuse_unsupported(self)
+        refuse_unsupported(Setup.of_trainer(self))
         refuse_overrides(type(self), SharpnessAwareTrainerMixin, self.args)
 
     @property
@@ -142,8 +143,7 @@ class SharpnessAwareTrainerMixin(ModelCardMixin, CompleteCheckpointsMixin, _Base
         self._run = None
         try:
             output = super()._inner_training_loop(*args, **kwargs)
-            if self._run is not None:
-                self._run.end(self)
+            self._end_training(inspect.signature(super()._inner_training_loop).bind_partial(*args, **kwargs).arguments)
             return output
         finally:
             if self._run is not None:
@@ -151,6 +151,15 @@ class SharpnessAwareTrainerMixin(ModelCardMixin, CompleteCheckpointsMixin, _Base
                 run, self._run = self._run, None
                 run.step.perturbation.release()
                 activity.record(run.perturbed_here)
+
+    def _end_training(self, arguments: dict[str, Any]) -> None:
+        """Look back at a training that came to its end, or at one whose loop has bypassed us from its start."""
+        if self._run is None and not arguments.get("resume_from_checkpoint"):  # which may have had nothing left to do
+            radius = max(base_radii(self.args, self.optimizer), default=0.0)
+            if radius and self.state.global_step and self.is_world_process_zero():
+                RadiusMonitor(radius).never(0, ())
+        elif self._run is not None:
+            self._run.end(self)
 
     def _running(self) -> SharpnessAwareRun:
         """The present run. It begins before the first step, when a checkpoint may have brought a radius along."""

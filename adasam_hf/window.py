@@ -1,12 +1,13 @@
 """What lives for one optimizer step: its micro-batches, and what the ascent has gathered from them so far."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from . import rng
 from .buffers import ModelState
+from .containers import copy_containers
 from .directions import Direction
 
 
@@ -19,6 +20,8 @@ class StepPlan(NamedTuple):
     """None for a plain step."""
     chosen: list[nn.Parameter] | None = None
     """The parameters that may move; None for all."""
+    obstacle: str | None = None
+    """Why this is a plain step, where it is the turn of one that perturbs the weights."""
 
     @property
     def perturbs(self) -> bool:
@@ -34,42 +37,56 @@ class StepPlan(NamedTuple):
 class Pass(NamedTuple):
     """One micro-batch that has been through the ascent, and what that pass started from."""
 
-    inputs: Any
+    kept_inputs: Any
     random: rng.RandomState
     state: ModelState
     position: int
+
+    @property
+    def inputs(self) -> Any:
+        """As they were before the pass: a `training_step` may take entries out of what it is given."""
+        return copy_containers(self.kept_inputs)
 
 
 class Window(list[Any]):
     """The micro-batches of one optimizer step.
 
     The Trainer iterates over it, and so it knows which micro-batch is at hand, whatever a trainer's own
-    `training_step` does: skip one, take one twice, or hand a copy of it on.
+    `training_step` does: skip one, take one twice, or hand a copy of it on. Of a trainer whose own `get_batch_samples`
+    has made another list of it, the micro-batches are counted as they come.
 
     Args:
         micro_batches: as they come from the loader.
         plan: of this step; a plain one until it is known.
 
     Attributes:
-        ascent_inputs: what the ascent sees of each micro-batch, where that is not all of it; None for one that takes no
-            part.
+        size: how many micro-batches there are to come in all.
+        ascent_inputs: by position, what the ascent sees of each micro-batch, where that is not all of it; None for one
+            that takes no part.
+        ascent_items: `num_items_in_batch` of all that.
         ascent_share: the share of the window that this is, by rows (of packed rows, by tokens); None if it is all.
         begun: whether the first of its micro-batches has been taken.
+        descended: whether a descent has begun, which took the ascent's gradients; `passes` are those still to come.
         complete: whether the window, or in scope microbatch one micro-batch of it, has been through the descent.
     """
 
     def __init__(self, micro_batches: Iterable[Any], plan: StepPlan | None = None) -> None:
         super().__init__(micro_batches)
         self.plan = plan or StepPlan([])
-        self.ascent_inputs: Sequence[Any | None] | None = None
+        self.size = len(self)
+        self.ascent_inputs: dict[int, Any | None] | None = None
+        self.ascent_items: Tensor | int | None = None
         self.ascent_share: float | None = None
         self.begun = False
         self.passes: list[Pass] = []
         self.losses: list[Tensor] = []  # of the passes, at w
         self.leftover: dict[nn.Parameter, Tensor] = {}
         """Gradients from before the window: of the coming update, and not of the ascent."""
-        self.complete = False
+        self.descended = self.complete = False
+        self.modules: list[nn.Module] = []
+        """Those that its passes run through, as far as they are known, when the first of them begins."""
         self._at: int | None = None
+        self._counted, self._latest = 0, None
         self._gradients: list[tuple[nn.Parameter, Tensor | None, int | None]] = []
 
     def __iter__(self) -> Iterator[Any]:
@@ -82,10 +99,17 @@ class Window(list[Any]):
         """Whether somebody goes through the window now."""
         return self._at is not None
 
-    @property
-    def position(self) -> int:
-        """That of the micro-batch at hand. (Counted, if the window has been taken apart rather than iterated over.)"""
-        return min(len(self.passes), len(self) - 1) if self._at is None else self._at
+    def position_of(self, micro_batch: Any) -> int:
+        """That of the micro-batch at hand: the same one however often it is asked for."""
+        if self._at is not None:
+            return self._at
+        if not self._counted or micro_batch is not self._latest:
+            self._counted, self._latest = self._counted + 1, micro_batch
+        return self._counted - 1
+
+    def expects(self, micro_batch: Any) -> bool:
+        """Whether this can be one of its micro-batches."""
+        return self.iterating or self._counted < self.size or micro_batch is self._latest
 
     def take_passes(self) -> list[Pass]:
         """The passes so far, which are then the descent's."""

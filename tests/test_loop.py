@@ -848,7 +848,7 @@ def test_parts_that_do_not_belong_together():
         (DistributedType.DEEPSPEED, 1, {}, "not supported with DeepSpeed.*use DistributedDataParallel"),
         (DistributedType.FSDP, 1, {}, "not supported with FSDP version 1"),
         (DistributedType.FSDP, 2, {"scope": "microbatch"}, "FSDP2 and an ascent of each process by itself"),
-        (DistributedType.FSDP, 2, {"parameters": "weight"}, "FSDP2 and sam_parameters='weight'"),
+        (DistributedType.FSDP, 2, {"parameters": "weight"}, "FSDP2 and parameters='weight'"),
         (DistributedType.MEGATRON_LM, 1, {}, "not supported with 1 processes"),
     ],
 )

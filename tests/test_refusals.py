@@ -7,13 +7,13 @@ from conftest import make_model, make_rows
 from transformers.training_args import OptimizerNames
 
 from adasam_hf import AdaSAMTrainer, AdaSAMTrainingArguments
-from adasam_hf.refusals import refuse_unsupported
+from adasam_hf.refusals import Obstacle, Setup, refuse_unsupported
 
 
 def trainer(
     kind=DistributedType.NO, world_size=1, n_gpu=1, fsdp2=False, parallelism=None, loaded=False, split=False, **flags
 ):
-    """What `refuse_unsupported` reads of a trainer; the hardware is not here."""
+    """What `Setup` reads of a trainer; the hardware is not here."""
     values = {
         "optim": "adasam",
         "sam_rho": 0.05,
@@ -96,7 +96,7 @@ REFUSED = {
 )
 def test_what_is_not_shown_to_work_is_refused(case, problem):
     with pytest.raises(NotImplementedError, match=rf"(?s)sam_rho=0.05.*{problem}.*or set sam_rho=0"):
-        refuse_unsupported(trainer(**case))
+        refuse_unsupported(Setup.of_trainer(trainer(**case)))
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_what_is_not_shown_to_work_is_refused(case, problem):
     ],
 )
 def test_what_is_shown_to_work_is_not_refused(case):
-    assert refuse_unsupported(trainer(**case)) is None
+    assert refuse_unsupported(Setup.of_trainer(trainer(**case))) is None
 
 
 @pytest.mark.parametrize("rho", [0.0, 0.05])
@@ -122,7 +122,7 @@ def test_refused_before_training_and_only_if_sharpness_aware(tmp_path, monkeypat
     )
     model = make_model("bert", torch.float32)
     before = model.classifier.weight.detach().clone()
-    monkeypatch.setattr("adasam_hf.refusals._obstacle", lambda _: ("this cluster", "use another"))
+    monkeypatch.setattr("adasam_hf.refusals.obstacle", lambda _: Obstacle("this cluster", "use another"))
     run = AdaSAMTrainer(model=model, args=args, train_dataset=make_rows(4)).train
     if rho:
         with pytest.raises(NotImplementedError, match="this cluster: use another"):

@@ -1,0 +1,40 @@
+"""Dictionaries and lists as things are handed around in them."""
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from typing import Any
+
+from torch import nn
+
+
+def copy_containers(value: Any) -> Any:
+    """Other mutable mappings, lists and tuples, with the same things in them."""
+    if isinstance(value, MutableMapping):
+        result = copy.copy(value)
+        result.update({key: copy_containers(item) for key, item in value.items()})
+        return result
+    return type(value)(map(copy_containers, value)) if type(value) in (list, tuple) else value
+
+
+def modules_in(values: Iterable[Any]) -> Iterator[nn.Module]:
+    """The modules among `values`, and those in mappings, lists and tuples of modules, with all that are inside them.
+
+    What begins with something else than a module (or such a collection) is left alone: it may be long.
+    """
+    for value in values:
+        if isinstance(value, nn.Module):
+            yield from value.modules()
+        elif isinstance(value, (Mapping, list, tuple)) and _begins_with_module(value):
+            yield from modules_in(_items(value))
+
+
+def _begins_with_module(value: Any) -> bool:
+    if isinstance(value, nn.Module):
+        return True
+    if not isinstance(value, (Mapping, list, tuple)) or not value:
+        return False
+    return _begins_with_module(next(iter(_items(value))))
+
+
+def _items(value: Mapping | list | tuple) -> Iterable[Any]:
+    return value.values() if isinstance(value, Mapping) else value
