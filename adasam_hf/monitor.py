@@ -98,7 +98,8 @@ class RadiusMonitor:
             self._warn_once(
                 "large",
                 f"{self._name}={self._rho:g} may be too large: the loss ({loss:.3g}) is where it began, and the "
-                f"perturbed loss is {gap / loss:.0%} higher; if the run does not learn, try {self._name}={self._rho / 4:.1g}",
+                f"perturbed loss is {gap / loss:.0%} higher; if the run does not learn, try "
+                f"{self._name}={self._rho / 4:.1g}",
             )
 
     def _warn_once(self, what: str, message: str) -> None:
