@@ -278,7 +278,8 @@ class TwoPassStep:
             logger.warning(
                 f"{self._prefix}parameters: some chosen parameters had a gradient in the second pass and none in the "
                 "first: reentrant gradient checkpointing hides them where its inputs need no gradient. From now on the "
-                "first pass computes the gradients of all parameters, which takes longer; use_reentrant=False avoids that"
+                "first pass computes the gradients of all parameters, which takes longer; use_reentrant=False avoids "
+                "that"
             )
 
 
