@@ -10,6 +10,7 @@ from .directions import DIRECTIONS, innermost
 from .perturbation import shard
 from .synchronization import ascends_per_process
 from .training_args import SharpnessAwareArgumentsMixin
+from .window import Window
 
 
 def describe(
@@ -102,3 +103,14 @@ def _passes(args: SharpnessAwareArgumentsMixin, ascent_share: float | None) -> s
     if args.sam_parameters != "all":
         first.append("without gradients of the other weights")
     return "2 forward/backward passes per micro-batch instead of 1" + (f", the first {' '.join(first)}" * bool(first))
+
+
+def describe_reuse(model: nn.Module, window: Window) -> str:
+    """One line, after the first step: how much of the model the second pass has taken from the first."""
+    reused = {p for module in window.reused for p in module.parameters()}
+    total = sum(p.numel() for p in model.parameters())
+    return (
+        f"sam_cache_frozen: the second pass takes from the first what frozen modules with "
+        f"{sum(p.numel() for p in reused):,} of {total:,} parameters have computed; it keeps "
+        f"{window.reused_bytes / 2**20:.1f} MiB of outputs for the micro-batches of a step"
+    )

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from . import counters
-from .description import describe
+from .description import describe, describe_reuse
 from .directions import innermost
 from .interfaces import SharpnessAwareTrainer
 from .metrics import SKIPPED, StepMetrics, loss_scale
@@ -44,6 +44,7 @@ class SharpnessAwareRun:
         self._planned = 0  # steps of this training that were to be perturbed, as far as they have been logged
         self._perturbed = 0.0  # … and that were
         self._reasons: set[str] = set()
+        self._told_of_reuse = False
 
     def _build(self, trainer: SharpnessAwareTrainer, metrics: StepMetrics) -> None:
         """What holds on to the optimizer."""
@@ -54,6 +55,8 @@ class SharpnessAwareRun:
             trainer.optimizer,
             scope=self.args.sam_scope,
             same_masks=self.args.sam_dropout == "same",
+            # FSDP2 gathers weights in each forward pass, in which all processes take part.
+            cache_frozen=self.args.sam_cache_frozen and not trainer.accelerator.is_fsdp2,
             adaptive=self.args.sam_adaptive,
             metrics=metrics,
             around_descent=partial(counters.unchanged, trainer),
@@ -169,7 +172,10 @@ class SharpnessAwareRun:
                 (window.ascent_inputs[window.position_of(inputs)],) = self._rows_of(trainer, [inputs]).batches
                 micro_batches = window.size
             ascent = partial(ascent_step, window.ascent_items, micro_batches)
-        return self.step(window, inputs, stock_step, sync, ascent)
+        loss = self.step(window, inputs, stock_step, sync, ascent)
+        if window.reused and not self._told_of_reuse:
+            self._tell_of_reuse(trainer, window)
+        return loss
 
     def _is_of_window(self, trainer: SharpnessAwareTrainer, inputs: Any) -> bool:
         """Whether the micro-batch at hand is one of the present window, and not one that a loop has brought itself."""
@@ -229,6 +235,11 @@ class SharpnessAwareRun:
         return math.ceil(self._perturbed + self.metrics.perturbed_here)
 
     # ---- words at the start ----
+
+    def _tell_of_reuse(self, trainer: SharpnessAwareTrainer, window: Window) -> None:
+        self._told_of_reuse = True
+        if trainer.is_world_process_zero():
+            logger.warning_advice(describe_reuse(trainer.model, window))  # type: ignore[attr-defined]
 
     def _introduce(self, trainer: SharpnessAwareTrainer, window: Window) -> None:
         args, radii, total = self.args, self.planner.radii, trainer.state.max_steps

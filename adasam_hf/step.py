@@ -14,6 +14,7 @@ from . import rng
 from .buffers import ModelState
 from .containers import copy_containers, modules_in
 from .directions import PreviousAscent
+from .frozen import FrozenOutputs, frozen_modules
 from .metrics import NO_GRADIENT, SKIPPED, StepMetrics
 from .parameters import add_gradients, gradients_only_for, optimized, reached, take_gradients
 from .perturbation import Perturbation
@@ -46,6 +47,7 @@ class TwoPassStep:
         optimizer: whose parameter groups are perturbed; read at every step.
         scope: ``batch`` or ``microbatch``.
         same_masks: whether the descent repeats the random numbers of the ascent.
+        cache_frozen: whether the descent takes from the ascent what frozen modules have computed (`FrozenOutputs`).
         adaptive: see `Perturbation.ascend`.
         metrics: where what happens is counted.
         around_descent: a context for the stock steps of the descent, such as `counters.unchanged`.
@@ -62,6 +64,7 @@ class TwoPassStep:
         *,
         scope: str,
         same_masks: bool,
+        cache_frozen: bool = False,
         adaptive: bool,
         metrics: StepMetrics,
         around_descent: Callable[[], AbstractContextManager] = nullcontext,
@@ -78,7 +81,7 @@ class TwoPassStep:
         self._scope, self._same_masks, self._adaptive = scope, same_masks, adaptive
         self._around_descent, self._loss_scale, self._owner = around_descent, loss_scale, owner
         self._prefix = prefix
-        self._beside = beside
+        self._beside, self._cache_frozen = beside, cache_frozen
         self._restrict = True  # whether the ascent may leave out the gradients of parameters that are not chosen
         self._warned_of_inputs = False
 
@@ -108,6 +111,8 @@ class TwoPassStep:
             self._look_at_gradients(window)
         else:
             window.modules = list(dict.fromkeys(modules_in((self._model, *self._beside()))))
+            if self._cache_frozen and window.ascent_inputs is None:
+                window.frozen = frozen_modules(self._model)
             window.leftover = take_gradients(self._reached())
             self.perturbation.forget_spent_gradients()
         loss = self._ascent(window, position, inputs, ascent_step or stock_step, sync)
@@ -156,7 +161,8 @@ class TwoPassStep:
                 f"{self._prefix}scope='microbatch', gradient_accumulation_steps=1, or {self._prefix}rho=0"
             )
         generators = rng.generators_of(window.modules)
-        one = Pass(copy_containers(inputs), rng.capture(generators), ModelState(window.modules), position)
+        frozen = FrozenOutputs(window.frozen)
+        one = Pass(copy_containers(inputs), rng.capture(generators), ModelState(window.modules), position, frozen)
         window.passes.append(one)
         try:
             seen = inputs if window.ascent_inputs is None else window.ascent_inputs[position]
@@ -181,7 +187,7 @@ class TwoPassStep:
         start = window.passes[-1]
         with sync.of_ascent():
             try:
-                with gradients_only_for(chosen, self._reached()):
+                with gradients_only_for(chosen, self._reached()), start.frozen.record():
                     loss = ascent_step(seen)
             except RuntimeError as error:
                 if chosen is None or "does not require grad" not in str(error):
@@ -189,7 +195,8 @@ class TwoPassStep:
                 # No chosen parameter takes part in this micro-batch, so its loss has no graph; all others have one.
                 rng.rewind(start.random)
                 start.state.restore()
-                loss = ascent_step(seen)
+                with start.frozen.record():
+                    loss = ascent_step(seen)
         changed = [key for key, (tensor, number) in versions.items() if tensor._version != number]
         if changed and window.ascent_inputs is None and not self._warned_of_inputs:
             self._warned_of_inputs = True
@@ -228,6 +235,8 @@ class TwoPassStep:
             finally:
                 after_ascent.restore()
         window.complete = True
+        window.reused = set[nn.Module]().union(*(one.frozen.reused for one in passes))
+        window.reused_bytes = sum(one.frozen.nbytes for one in passes) if window.reused else 0
         if norm is None:
             self.metrics.reasons.add(NO_GRADIENT)
             return
@@ -250,7 +259,8 @@ class TwoPassStep:
     @contextmanager
     def _replay(one: Pass, same_numbers: bool = True) -> Iterator[None]:
         """Inside it, the buffers and, unless the numbers are to be others, the generators are as `one` found them."""
-        with one.state.replay(), rng.replay(one.random) if same_numbers else nullcontext():
+        random = rng.replay(one.random) if same_numbers else nullcontext()
+        with one.state.replay(), random, one.frozen.replay():
             yield
 
     # ---- what others do to the gradients ----

@@ -54,7 +54,7 @@ CHOICES: dict[str, Collection[str]] = {
     "sam_direction": DIRECTIONS,
     "sam_rho_schedule": SHAPES,
 }
-TRUTH_VALUES = ("sam_sync", "sam_adaptive", "sam_reuse")
+TRUTH_VALUES = ("sam_sync", "sam_adaptive", "sam_reuse", "sam_cache_frozen")
 MAY_BE_UNSET = ("sam_rho", "sam_direction", "sam_ascent_fraction")  # and then have a meaning of their own
 
 if TYPE_CHECKING:  # what the mixin finds behind it
@@ -161,6 +161,13 @@ class SharpnessAwareArgumentsMixin(_Base):
         default=False,
         metadata={
             "help": "With sam_interval > 1: perturb along the last gradient again in the steps between, in one pass."
+        },
+    )
+    sam_cache_frozen: bool = field(
+        default=True,
+        metadata={
+            "help": "Let the second pass take from the first what frozen layers have computed, where that gives the "
+            "same bits. It keeps their outputs in memory between the two."
         },
     )
     sam_rho_schedule: Shape = field(

@@ -9,6 +9,7 @@ from . import rng
 from .buffers import ModelState
 from .containers import copy_containers
 from .directions import Direction
+from .frozen import FrozenOutputs
 
 
 class StepPlan(NamedTuple):
@@ -41,6 +42,7 @@ class Pass(NamedTuple):
     random: rng.RandomState
     state: ModelState
     position: int
+    frozen: FrozenOutputs
 
     @property
     def inputs(self) -> Any:
@@ -85,6 +87,11 @@ class Window(list[Any]):
         self.descended = self.complete = False
         self.modules: list[nn.Module] = []
         """Those that its passes run through, as far as they are known, when the first of them begins."""
+        self.frozen: list[nn.Module] = []
+        """Those of them whose outputs the descent may take from the ascent."""
+        self.reused: set[nn.Module] = set()
+        """Those of them whose outputs it has taken."""
+        self.reused_bytes = 0  # that were kept for it
         self._at: int | None = None
         self._counted, self._latest = 0, None
         self._gradients: list[tuple[nn.Parameter, Tensor | None, int | None]] = []
