@@ -43,6 +43,7 @@ def one_process(tmp_path, case):
     stock = {n: v for n, v in case.items() if not n.startswith("ddp_") and n not in ours}
     if stock.get("model") == "channels last":
         stock["model"] = "contiguous"
+    stock["sam_cache_frozen"] = False
     return train(tmp_path, **{**stock, "gradient_accumulation_steps": 2 * k})
 
 
@@ -79,6 +80,7 @@ LABELS = {
     "channels last": "DDP × `sam_parameters` × channels-last weights",
     "momentum": "DDP × `sam_direction=momentum`",
     "adaptive": "DDP × `sam_adaptive`",
+    "frozen": "DDP × reuse of what frozen layers compute",
     "reuse": "DDP × `sam_reuse`",
 }
 

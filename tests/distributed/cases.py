@@ -56,6 +56,7 @@ DDP = {
             "channels last": {"model": "channels last", "sam_parameters": "conv", "sam_rho": 0.5},
             "momentum": {"gradient_accumulation_steps": 2, "sam_direction": "momentum"},
             "adaptive": {"sam_adaptive": True},
+            "frozen": {"gradient_accumulation_steps": 2, "model": "frozen"},
             "reuse": {"sam_interval": 2, "sam_reuse": True, "bucket_view": True},
         }.items()
     },
@@ -140,6 +141,14 @@ def causal():
     return LlamaForCausalLM(LlamaConfig(vocab_size=SIZE["vocab_size"], **sizes)).double()
 
 
+def frozen():
+    """A BERT of which only the upper half trains."""
+    model = make_model("bert", **NO_DROPOUT)
+    for part in (model.bert.embeddings, model.bert.encoder.layer[0]):
+        part.requires_grad_(False)
+    return model
+
+
 def rows_for(kind: str):
     rows = make_rows(20)
     if kind == "causal":  # unequal numbers of labels
@@ -153,6 +162,7 @@ MODELS = {
     "bert": lambda: make_model("bert", **NO_DROPOUT),
     "float32": lambda: make_model("bert", torch.float32, **NO_DROPOUT),
     "causal": causal,
+    "frozen": frozen,
     "unused": Unused,
     "batchnorm": BatchNormed,
     "channels last": lambda: Convolution(torch.channels_last),
