@@ -240,12 +240,7 @@ def _attributes(modules: Iterable[nn.Module]) -> list[Any]:
 
 
 def _same_state(a: rng.RandomState, b: rng.RandomState) -> bool:
-    if not torch.equal(a.host, b.host) or a.python != b.python:
-        return False
-    if (a.device is None) != (b.device is None) or (a.device is not None and not torch.equal(a.device, b.device)):
-        return False
-    ours = [a.numpy, *(state for _, state in a.generators)]
-    theirs = [b.numpy, *(state for _, state in b.generators)]
+    ours, theirs = ([s.host, s.device, s.python, s.numpy, *(state for _, state in s.generators)] for s in (a, b))
     return all(map(_equal_states, ours, theirs))
 
 
@@ -253,8 +248,8 @@ def _equal_states(a: Any, b: Any) -> bool:
     """States of generators: tuples and dictionaries of numbers, strings, arrays and tensors."""
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(_equal_states(a[key], b[key]) for key in a)
-    if isinstance(a, (tuple, list)):
+    if isinstance(a, (tuple, list)) and not all(isinstance(item, int) for item in a):
         return len(a) == len(b) and all(map(_equal_states, a, b))
     if isinstance(a, Tensor):
-        return torch.equal(a, b)
+        return isinstance(b, Tensor) and torch.equal(a, b)
     return bool((a == b).all()) if hasattr(a, "all") else bool(a == b)

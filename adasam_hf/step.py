@@ -15,6 +15,7 @@ from .buffers import ModelState
 from .containers import copy_containers, modules_in
 from .directions import PreviousAscent
 from .frozen import FrozenOutputs, frozen_modules
+from .functional import LogitGradients
 from .metrics import NO_GRADIENT, SKIPPED, StepMetrics
 from .parameters import add_gradients, gradients_only_for, optimized, reached, take_gradients
 from .perturbation import Perturbation
@@ -47,6 +48,7 @@ class TwoPassStep:
         optimizer: whose parameter groups are perturbed; read at every step.
         scope: ``batch`` or ``microbatch``.
         same_masks: whether the descent repeats the random numbers of the ascent.
+        functional: whether the descent takes the loss's derivative at the logits from the ascent (`LogitGradients`).
         cache_frozen: whether the descent takes from the ascent what frozen modules have computed (`FrozenOutputs`).
         adaptive: see `Perturbation.ascend`.
         metrics: where what happens is counted.
@@ -64,6 +66,7 @@ class TwoPassStep:
         *,
         scope: str,
         same_masks: bool,
+        functional: bool = False,
         cache_frozen: bool = False,
         adaptive: bool,
         metrics: StepMetrics,
@@ -81,7 +84,7 @@ class TwoPassStep:
         self._scope, self._same_masks, self._adaptive = scope, same_masks, adaptive
         self._around_descent, self._loss_scale, self._owner = around_descent, loss_scale, owner
         self._prefix = prefix
-        self._beside, self._cache_frozen = beside, cache_frozen
+        self._beside, self._functional, self._cache_frozen = beside, functional, cache_frozen
         self._restrict = True  # whether the ascent may leave out the gradients of parameters that are not chosen
         self._warned_of_inputs = False
 
@@ -162,7 +165,11 @@ class TwoPassStep:
             )
         generators = rng.generators_of(window.modules)
         frozen = FrozenOutputs(window.frozen)
-        one = Pass(copy_containers(inputs), rng.capture(generators), ModelState(window.modules), position, frozen)
+        remedy = f"set {self._prefix}descent='loss'"
+        logits = LogitGradients(self._model, remedy) if self._functional else None
+        one = Pass(
+            copy_containers(inputs), rng.capture(generators), ModelState(window.modules), position, frozen, logits
+        )
         window.passes.append(one)
         try:
             seen = inputs if window.ascent_inputs is None else window.ascent_inputs[position]
@@ -187,7 +194,7 @@ class TwoPassStep:
         start = window.passes[-1]
         with sync.of_ascent():
             try:
-                with gradients_only_for(chosen, self._reached()), start.frozen.record():
+                with gradients_only_for(chosen, self._reached()), start.record():
                     loss = ascent_step(seen)
             except RuntimeError as error:
                 if chosen is None or "does not require grad" not in str(error):
@@ -195,7 +202,7 @@ class TwoPassStep:
                 # No chosen parameter takes part in this micro-batch, so its loss has no graph; all others have one.
                 rng.rewind(start.random)
                 start.state.restore()
-                with start.frozen.record():
+                with start.record():
                     loss = ascent_step(seen)
         changed = [key for key, (tensor, number) in versions.items() if tensor._version != number]
         if changed and window.ascent_inputs is None and not self._warned_of_inputs:
@@ -260,7 +267,7 @@ class TwoPassStep:
     def _replay(one: Pass, same_numbers: bool = True) -> Iterator[None]:
         """Inside it, the buffers and, unless the numbers are to be others, the generators are as `one` found them."""
         random = rng.replay(one.random) if same_numbers else nullcontext()
-        with one.state.replay(), random, one.frozen.replay():
+        with one.state.replay(), random, one.replay():
             yield
 
     # ---- what others do to the gradients ----

@@ -1,6 +1,7 @@
 """What lives for one optimizer step: its micro-batches, and what the ascent has gathered from them so far."""
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from .buffers import ModelState
 from .containers import copy_containers
 from .directions import Direction
 from .frozen import FrozenOutputs
+from .functional import LogitGradients
 
 
 class StepPlan(NamedTuple):
@@ -43,11 +45,24 @@ class Pass(NamedTuple):
     state: ModelState
     position: int
     frozen: FrozenOutputs
+    logits: LogitGradients | None
 
     @property
     def inputs(self) -> Any:
         """As they were before the pass: a `training_step` may take entries out of what it is given."""
         return copy_containers(self.kept_inputs)
+
+    @contextmanager
+    def record(self) -> Iterator[None]:
+        """Around the ascent: keep what the descent is to take from it."""
+        with self.frozen.record(), nullcontext() if self.logits is None else self.logits.record():
+            yield
+
+    @contextmanager
+    def replay(self) -> Iterator[None]:
+        """Around the descent: let it take that."""
+        with self.frozen.replay(), nullcontext() if self.logits is None else self.logits.replay():
+            yield
 
 
 class Window(list[Any]):
