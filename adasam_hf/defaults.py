@@ -100,7 +100,7 @@ class AdamDefaultsMixin(_Base):
                 setattr(self, name, None)
                 if (default := getattr(self, name)) != value:
                     logger.warning(
-                        f"{name}={default!r}, the default of optim={self.optim}, replaces {value!r}, which adam_defaults "
-                        "says was one; leave out adam_defaults to keep it"
+                        f"{name}={default!r}, the default of optim={self.optim}, replaces {value!r}, which "
+                        "adam_defaults says was one; leave out adam_defaults to keep it"
                     )
         self.adam_defaults = None  # from here on, the numbers know it themselves

@@ -45,6 +45,8 @@ def main(usage: str | None, words: Sequence[str] | None = None, program: str = P
     flags, launched = split_flags(words)
     if launched[0] == "-m":
         sys.argv = launched  # ["-m", …] while Python looks for the module, then its path
+        if not sys.flags.safe_path:
+            sys.path[0] = os.getcwd()  # as for `python -m MODULE`
         launch(flags, launched[1:])
         module, code = _find_module(launched[1])
         sys.argv = [code.co_filename, *launched[2:]]
@@ -171,8 +173,8 @@ def _main_module(path: str, spec: ModuleSpec | None = None) -> ModuleType:
     module = ModuleType("__main__")
     loader: Any = SourceFileLoader("__main__", path) if spec is None else spec.loader
     package, cached = (None, None) if spec is None else (spec.parent, spec.cached)
-    module.__dict__.update(__file__=path, __loader__=loader, __package__=package, __spec__=spec, __cached__=cached)
-    module.__dict__.update(__annotations__={}, __builtins__=builtins)
+    module.__dict__.update(__package__=package, __loader__=loader, __spec__=spec)
+    module.__dict__.update(__annotations__={}, __builtins__=builtins, __file__=path, __cached__=cached)
     return module
 
 

@@ -13,8 +13,8 @@ from transformers.utils import logging
 
 from . import activity
 from .command_line import PROGRAM, PROGRAM_VARIABLE, fail
-from .patching import patch
 from .optimizer_names import ADASAM_NAMES, SGD_NAMES
+from .patching import patch
 from .training_args import RADIUS_ZERO, SharpnessAwareArgumentsMixin, set_launcher_defaults
 
 logger = logging.get_logger(__name__)

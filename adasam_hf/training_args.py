@@ -58,7 +58,7 @@ _radius = _number(
     "a finite number >= 0 (0 switches the ascent off; try 0.05)", lambda rho: math.isfinite(rho) and rho >= 0.0
 )
 
-# How each argument is read, whoever sets it: constructor, command line, file, `dataclasses.replace`, a search, a script.
+# How each argument is read, whoever sets it: a script, a parser, `dataclasses.replace`, a hyperparameter search.
 READERS: dict[str, Reader] = {
     "optim": read_optimizer_name,
     "adam_beta1": _momentum,

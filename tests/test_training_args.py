@@ -681,7 +681,7 @@ def test_text_in_a_number_of_transformers(make):
     args = make(learning_rate="1e-5")
     args.weight_decay = "1e-2"
     assert (args.learning_rate, args.weight_decay) == (1e-5, 0.01)
-    with pytest.raises(ValueError, match="^learning_rate='much' must be a number"):
+    with pytest.raises(ValueError, match=r"^learning_rate='much' must be a number"):
         args.learning_rate = "much"
 
 
