@@ -134,12 +134,7 @@ def test_scripts_that_are_none(tmp_path):
     (tmp_path / "syntax.py").write_text("def f(:\n")
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     for launched in (["syntax.py"], ["-m", "syntax"]):
-        plain, done = (
-            subprocess.run(
-                [sys.executable, *how, *launched], capture_output=True, text=True, env=environment, cwd=tmp_path
-            )
-            for how in ([], LAUNCHER)
-        )
+        plain, done = (run(*launched, launcher=how, cwd=tmp_path) for how in ([], LAUNCHER))
         shown = done.stderr.removesuffix(f"{last(done.stderr)}\n")
         assert done.returncode == plain.returncode == 1 and last(done.stderr)
         assert shown.startswith(f'  File "{tmp_path / "syntax.py"}", line 1\n') and "SyntaxError" in shown
@@ -676,21 +671,20 @@ def test_an_import_in_another_thread(monkeypatch, busy, patched):
 def test_an_import_of_the_same_thread_delays_the_patch(monkeypatch):
     found = []
     monkeypatch.setattr(launcher_flags, "patch_with", found.append)
-    hook, inner, outer = PatchOnImport(), Loader(), Loader()
+    hook, inner = PatchOnImport(), Loader()
     monkeypatch.setattr(sys, "meta_path", [hook, *sys.meta_path])
     inner.end.set()
 
-    def execute(module):
-        inner.exec_module(module)
-        assert not found
+    class Outer:
+        def exec_module(self, module):
+            inner.exec_module(module)
+            assert not found
 
-    outer.exec_module = execute
+    outer = Outer()
     hook._watch(inner, "transformers.trainer")
-    monkeypatch.setattr(type(outer), "exec_module", lambda self, module: execute(module))
-    del outer.exec_module
     hook._watch(outer, "transformers.modelcard")
     outer.exec_module(None)
-    assert found == [[]]
+    assert inner.begun.is_set() and found == [[]]
 
 
 def test_which_setting_won_is_said(caplog):
@@ -710,9 +704,7 @@ def imported(name):
     """Modules of the package that `name` imports, wherever in it."""
     tree = ast.parse((PACKAGE / f"{name}.py").read_text())
     froms = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 1]
-    names = {node.module for node in froms if node.module} | {
-        a.name for node in froms if not node.module for a in node.names
-    }
+    names = {name for node in froms for name in ([node.module] if node.module else [a.name for a in node.names])}
     return {found if (PACKAGE / f"{found}.py").exists() else "__init__" for found in names}
 
 
