@@ -15,12 +15,9 @@ from . import activity
 from .command_line import PROGRAM, PROGRAM_VARIABLE, fail
 from .optimizer_names import ADASAM_NAMES, SGD_NAMES
 from .patching import patch
-from .training_args import RADIUS_ZERO, SharpnessAwareArgumentsMixin, set_launcher_defaults
+from .training_args import PACKAGE_DEFAULTS, RADIUS_ZERO, SharpnessAwareArgumentsMixin, set_launcher_defaults
 
 logger = logging.get_logger(__name__)
-
-ARGUMENTS = [f.name for f in fields(SharpnessAwareArgumentsMixin) if f.name.startswith(("optim", "sgd_", "sam_"))]
-"""Those that flags before the program's name can set."""
 
 
 class _FlagParser(HfArgumentParser):
@@ -39,7 +36,7 @@ def read(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     unset = object()
     namespace = argparse.Namespace(**{f.name: unset for f in fields(mixin)})
     found, others = parser.parse_known_args(list(words), namespace)
-    return {name: value for name in ARGUMENTS if (value := getattr(found, name)) is not unset}, others
+    return {name: value for name in PACKAGE_DEFAULTS if (value := getattr(found, name)) is not unset}, others
 
 
 def patch_with(flags: Sequence[str]) -> None:

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Collection
 from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import cache, partial
+from types import FunctionType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args
 
 import torch
@@ -339,9 +340,9 @@ class SharpnessAwareArgumentsMixin(_Base):
 
     def arguments_without_effect(self) -> list[str]:
         """Arguments of the ascent that are set although, at radius 0, there is none."""
-        defaults = {f.name: f.default for f in fields(SharpnessAwareArgumentsMixin) if f.name.startswith("sam_")}
-        found = {name: getattr(self, name) for name in defaults if name != "sam_rho"}
-        return [f"{name}={value!r}" for name, value in found.items() if value != defaults[name]]
+        names = [name for name in PACKAGE_DEFAULTS if name.startswith("sam_") and name != "sam_rho"]
+        found = {name: getattr(self, name) for name in names}
+        return [f"{name}={value!r}" for name, value in found.items() if value != PACKAGE_DEFAULTS[name]]
 
     def package_optimizer(self) -> tuple[type[torch.optim.Optimizer], dict[str, Any]] | None:
         """Class and keyword arguments for this package's optimizer names; None for those of Transformers."""
@@ -424,27 +425,40 @@ class AdaSAMSeq2SeqTrainingArguments(SharpnessAwareArgumentsMixin, Seq2SeqTraini
     """`transformers.Seq2SeqTrainingArguments` with AdaSAM."""
 
 
-def set_launcher_defaults(values: dict[str, Any]) -> None:
-    """Make `values` the defaults of sharpness-aware arguments, instead of what was so before.
-
-    Of the parser's, the constructor's and those that subclasses defined from here on give these arguments, so that
-    whatever is given explicitly wins, also where it equals the package's own default.
-    """
-    own = {f.name: f for f in fields(SharpnessAwareArgumentsMixin)}
-    SharpnessAwareArgumentsMixin._launcher_defaults = values
-    defaults = {**_PACKAGE_DEFAULTS, **values}
-    for name, default in defaults.items():
-        own[name].default = default  # the field is shared with the classes below
-        setattr(SharpnessAwareArgumentsMixin, name, default)
-    for cls in (SharpnessAwareArgumentsMixin, AdaSAMTrainingArguments, AdaSAMSeq2SeqTrainingArguments):
-        init: Any = cls.__init__
-        code = init.__code__
-        names = code.co_varnames[code.co_argcount - len(init.__defaults__) : code.co_argcount]
-        init.__defaults__ = tuple(
-            defaults.get(name, default) for name, default in zip(names, init.__defaults__, strict=True)
-        )
-
-
-_PACKAGE_DEFAULTS = {
+PACKAGE_DEFAULTS = {
     f.name: f.default for f in fields(SharpnessAwareArgumentsMixin) if f.name.startswith(("optim", "sgd_", "sam_"))
 }
+
+_replaced: list[tuple[Any, str, Any]] = []  # what set_launcher_defaults has: an object, its attribute, the value before
+
+
+def set_launcher_defaults(values: dict[str, Any]) -> None:
+    """Make `values` the defaults of sharpness-aware arguments, instead of those of an earlier call.
+
+    They are what parsers and constructors take, of classes that exist and of those to come, so that whatever is given
+    explicitly wins over them, also where it equals the package's own default.
+    """
+    while _replaced:
+        setattr(*_replaced.pop())
+    SharpnessAwareArgumentsMixin._launcher_defaults = values
+    classes: list[Any] = [SharpnessAwareArgumentsMixin]
+    for cls in classes:
+        classes += [subclass for subclass in cls.__subclasses__() if subclass not in classes]
+        _replace_defaults(cls, values)
+
+
+def _replace_defaults(cls: Any, values: dict[str, Any]) -> None:
+    """In the fields that `cls` itself declares, and in its constructor."""
+
+    def replace(target: Any, name: str, value: Any) -> None:
+        _replaced.append((target, name, getattr(target, name)))
+        setattr(target, name, value)
+
+    for name in values.keys() & vars(cls).get("__annotations__", {}).keys() & vars(cls).keys():
+        replace(cls, name, values[name])
+        replace(cls.__dataclass_fields__[name], "default", values[name])
+    init = vars(cls).get("__init__")
+    if isinstance(init, FunctionType) and init.__defaults__:
+        names = init.__code__.co_varnames[: init.__code__.co_argcount][-len(init.__defaults__) :]
+        defaults = zip(names, init.__defaults__, strict=True)
+        replace(init, "__defaults__", tuple(values.get(name, default) for name, default in defaults))

@@ -756,6 +756,10 @@ def flags():
 
 
 def test_flags_are_defaults_of_every_way_to_make_arguments(make, tmp_path, flags):
+    @dataclasses.dataclass(repr=False)
+    class Early(AdaSAMTrainingArguments):
+        sam_rho: float = 0.2
+
     flags({"optim": "adasam", "sam_scope": "microbatch", "sam_rho": 0.1})
     words = ["--output_dir", str(tmp_path), "--use_cpu", "--report_to=none"]
 
@@ -765,13 +769,16 @@ def test_flags_are_defaults_of_every_way_to_make_arguments(make, tmp_path, flags
         sam_rho: float = 0.3
         mine: int = 1
 
-    for cls in (*CLASSES, Theirs):
+    for cls in (*CLASSES, Early, Theirs):
         for args in (make(cls), HfArgumentParser(cls).parse_args_into_dataclasses(words)[0], cls(str(tmp_path))):
             assert (args.optim, args.sam_scope, args.sam_rho) == ("adasam", "microbatch", 0.1)
             assert numbers(args) == ADASAM and args.sam_interval == 1
-    flags({})
-    args = make()
-    assert (args.optim, args.sam_scope, args.sam_rho) == (TrainingArguments.optim, "batch", None)
+    assert make().arguments_without_effect() == ["sam_scope='microbatch'"]  # it was given, in another place
+    flags({"sam_interval": 2})
+    for cls, rho in ((AdaSAMTrainingArguments, None), (Early, 0.2)):
+        for args in (make(cls), HfArgumentParser(cls).parse_args_into_dataclasses(words)[0]):
+            assert (args.optim, args.sam_scope, args.sam_rho) == (TrainingArguments.optim, "batch", rho)
+            assert args.sam_interval == 2
 
 
 @pytest.mark.parametrize("way", WAYS)
