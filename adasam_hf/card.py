@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch.optim import Optimizer
 from transformers import Trainer
 
-from . import __version__
+from ._version import __version__
 from .directions import innermost
 from .optim import AdaSAM
 from .plan import base_radii

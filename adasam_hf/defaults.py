@@ -13,15 +13,13 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainingArguments
 from transformers.utils import logging
 
+from .optimizer_names import ADASAM_NAMES
 from .reading import read_number
 
 logger = logging.get_logger(__name__)
 
-# The paper's update, and its defaults; all other optimizers have those of Transformers.
-ADASAM_NAMES = ("adasam", "amsgrad")
+# Those of the paper's update; all other optimizers have those of Transformers.
 ADASAM_DEFAULTS = {"adam_beta2": 0.98, "adam_epsilon": 1e-6}
-
-_SAM_FLOATS = {"sam_rho", "sam_ascent_fraction", "sam_start", "sam_end"}
 
 _default_floats: dict[float, float] = {}
 
@@ -61,8 +59,6 @@ class AdamDefaultsMixin(_Base):
     adam_defaults: dict[str, float] | None = field(default=None, metadata={"help": argparse.SUPPRESS})
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in _SAM_FLOATS and name in vars(self) and type(value) is int and abs(value) <= 1:
-            value = float(value)  # a hyperparameter search converts each value to the type of the one before
         super().__setattr__(name, value)
         if name == "optim" or name in ADASAM_DEFAULTS:
             self._follow_optimizer()
@@ -80,12 +76,15 @@ class AdamDefaultsMixin(_Base):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
+        self.optim = self.optim  # an enumeration's member in arguments that were saved before 0.1
         self._follow_optimizer()
 
     def to_dict(self) -> dict[str, Any]:
         """As in Transformers; ``adam_defaults`` has those numbers that are defaults."""
         numbers = {name: getattr(self, name) for name in ADASAM_DEFAULTS}
-        return {**super().to_dict(), "adam_defaults": {n: v for n, v in numbers.items() if is_default(v)}}
+        defaults = {name: number for name, number in numbers.items() if is_default(number)}
+        # (YAML refuses subclasses of str.)
+        return {**super().to_dict(), "optim": str(self.optim), "adam_defaults": defaults}
 
     def _read_adam_defaults(self) -> None:
         """Let the numbers that a dictionary of `to_dict` says are defaults follow the optimizer again."""
@@ -100,9 +99,8 @@ class AdamDefaultsMixin(_Base):
             if value == read_number(f"adam_defaults: {name}", number, "a number, as to_dict writes it"):
                 setattr(self, name, None)
                 if (default := getattr(self, name)) != value:
-                    optim = getattr(self.optim, "value", self.optim)
                     logger.warning(
-                        f"{name}={default!r}, the default of optim={optim}, replaces {value!r}, which adam_defaults "
-                        "says was one; leave out adam_defaults to keep it"
+                        f"{name}={default!r}, the default of optim={self.optim}, replaces {value!r}, which "
+                        "adam_defaults says was one; leave out adam_defaults to keep it"
                     )
         self.adam_defaults = None  # from here on, the numbers know it themselves

@@ -30,8 +30,6 @@ def describe(
         ascent_share: the share of the first optimizer step's rows that the ascent sees; None if not known yet.
     """
     name = type(innermost(optimizer)).__name__
-    if not any(radii):
-        return f"{name} with sam_rho=0: plain steps, one forward/backward per micro-batch and no ascent"
     groups = optimizer.param_groups
     moving = [p for g, rho in zip(groups, radii, strict=True) if rho > 0 for p in g["params"] if p.requires_grad]
     if chosen is not None:

@@ -5,88 +5,61 @@ Transformers' trainers or arguments, so that what it sets at its top (HF_HOME, O
 """
 
 import atexit
+import builtins
 import importlib.util
 import io
 import json
 import os
 import sys
+import threading
+from collections import defaultdict
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, SourceFileLoader
 from types import CodeType, ModuleType, TracebackType
-from typing import Any, NoReturn
+from typing import Any
 
 from . import activity
+from .command_line import PROGRAM, PROGRAM_VARIABLE, asks_for_radius_zero, fail, split_flags
 
-FLAGS = "ADASAM_HF_FLAGS"  # the environment variable by which children learn the flags before the program's name
+FLAGS_VARIABLE = "ADASAM_HF_FLAGS"  # the environment variable by which children learn the flags before the program
 CHILDREN = os.path.join(os.path.dirname(os.path.abspath(__file__)), "children")
-SWITCHES = ("sam_adaptive", "sam_reuse", "sam_sync", "no_sam_sync")  # flags that can do without a value
-BOOLEANS = ("true", "false", "yes", "no", "t", "f", "y", "n", "1", "0")
 
 
-def main(usage: str | None) -> None:
-    """Run the program that the command line names."""
-    words = sys.argv[1:]
+def main(usage: str | None, words: Sequence[str] | None = None, program: str = PROGRAM) -> None:
+    """Run the script or module that `words` name.
+
+    Args:
+        usage: what ``--help`` prints.
+        words: flags, the script or ``-m`` and a module, and its own arguments; those of the command line by default.
+        program: the name of the command, with which messages begin.
+
+    Raises:
+        SystemExit: with code 2 and one sentence on stderr if the words are wrong; otherwise the program's own.
+    """
+    words = sys.argv[1:] if words is None else words
+    os.environ[PROGRAM_VARIABLE] = program
     if not words or words[0] in ("-h", "--help"):
         print(usage)
         raise SystemExit(0 if words else 2)
-    flags, program = split_flags(words)
-    if program[0] == "-m":
-        sys.argv = program  # ["-m", …] while Python looks for the module, then its path
-        launch(flags, program[1:])
-        try:
-            module, code = _find_module(program[1])
-        except SystemExit:
-            atexit.unregister(_report)  # there was no program
-            raise
-        sys.argv = [code.co_filename, *program[2:]]
+    flags, launched = split_flags(words)
+    if launched[0] == "-m":
+        sys.argv = launched  # ["-m", …] while Python looks for the module, then its path
+        if not sys.flags.safe_path:
+            sys.path[0] = os.getcwd()  # as for `python -m MODULE`
+        launch(flags, launched[1:])
+        module, code = _find_module(launched[1])
+        sys.argv = [code.co_filename, *launched[2:]]
     else:
-        script = program[0]
+        script = launched[0]
         if not os.path.isfile(script):
-            raise SystemExit(f"adasam_hf: SCRIPT={script!r} is no file; give the path of a Python file")
-        sys.argv = program
+            fail(f"SCRIPT={script!r} is no file; give the path of a Python file")
+        sys.argv = launched
         if not sys.flags.safe_path:
             sys.path[0] = os.path.dirname(os.path.realpath(script))  # as for `python SCRIPT`
-        launch(flags, program)
+        launch(flags, launched)
         module, code = _main_module(os.path.abspath(script)), None
     _run(module, code)
-
-
-# ---- the command line ----
-
-
-def split_flags(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The flags of ours before the program's name, and the program with its own arguments.
-
-    Only what does not need Transformers is checked here; `launcher_flags` reads the values.
-    """
-    end = 0
-    while end < len(words) and words[end].startswith("--"):
-        flag, has_value, _ = words[end].partition("=")
-        name = flag.removeprefix("--").replace("-", "_")
-        if name not in ("optim", "sgd_momentum") and not name.removeprefix("no_").startswith("sam_"):
-            fail(f"before the script's name there can be --optim, --sgd_momentum and --sam_…, not {name}")
-        end += 1
-        following = words[end] if end < len(words) else "--"
-        if has_value:
-            continue
-        if name in SWITCHES:
-            end += following.lower() in BOOLEANS
-        elif following.startswith("--"):
-            fail(f"{flag} needs a value; try {flag}={'adasam' if name == 'optim' else 'VALUE'}")
-        else:
-            end += 1
-    flags, program = list(words[:end]), list(words[end:])
-    if not program or program == ["-m"]:
-        fail(f"there is no {'module' if program else 'script'} after {words[-1]}; give one to run")
-    return flags, program
-
-
-def fail(message: str) -> NoReturn:
-    """End with one line and the exit code of a wrong command line."""
-    atexit.unregister(_report)
-    print(f"python -m adasam_hf: {message}", file=sys.stderr)
-    raise SystemExit(2)
 
 
 # ---- the patch, here and in child processes ----
@@ -96,14 +69,14 @@ class PatchOnImport(MetaPathFinder):
     """Patches once Transformers' trainers or arguments have been imported by whoever wants them.
 
     These modules import each other, and other modules of Transformers and of this package import them. So this waits
-    until none of either is in the middle of its import.
+    until none of either is in the middle of its import in this thread, nor any of these in another one.
     """
 
     modules = tuple(f"transformers.train{name}" for name in ("er", "er_seq2seq", "ing_args", "ing_args_seq2seq"))
 
     def __init__(self) -> None:
         self.flags: list[str] = []
-        self._importing: set[str] = set()
+        self._importing: defaultdict[int, set[str]] = defaultdict(set)  # by thread
 
     def install(self, flags: list[str]) -> None:
         """Watch imports in this process; twice does no more than once, and the later flags hold."""
@@ -127,17 +100,21 @@ class PatchOnImport(MetaPathFinder):
 
         def exec_module(module: ModuleType) -> None:
             del loader.exec_module  # it is the loader's own again
-            self._importing.add(name)
+            here = self._importing[threading.get_ident()]
+            here.add(name)
             try:
                 execute(module)
             finally:
-                self._importing.discard(name)
+                here.discard(name)
             self._patch_if_ready()
 
         loader.exec_module = exec_module
 
     def _patch_if_ready(self) -> None:
-        if self in sys.meta_path and not self._importing and any(name in sys.modules for name in self.modules):
+        busy = self._importing[threading.get_ident()] or any(
+            name in names for names in list(self._importing.values()) for name in self.modules
+        )
+        if self in sys.meta_path and not busy and any(name in sys.modules for name in self.modules):
             sys.meta_path.remove(self)
             from .launcher_flags import patch_with
 
@@ -149,31 +126,31 @@ _hook = PatchOnImport()
 
 def launch(flags: list[str], program: list[str]) -> None:
     """Patch this process and those that it starts, and look at its end whether that was of any use."""
-    inherited = os.environ.get(FLAGS)  # of a launcher that has started this one, which looks for both
+    inherited = os.environ.get(FLAGS_VARIABLE)  # of a launcher that has started this one, which looks for both
     flags = [*json.loads(inherited or "[]"), *flags]
-    os.environ[FLAGS] = json.dumps(flags)
+    os.environ[FLAGS_VARIABLE] = json.dumps(flags)
     folders = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     if CHILDREN not in folders:
         os.environ["PYTHONPATH"] = os.pathsep.join([CHILDREN, *filter(None, folders)])
     if inherited is None:
         activity.collect()
-        atexit.register(_report, [*flags, *program], os.getpid())
+        atexit.register(_report, [*flags, *program])
     _hook.install(flags)
 
 
 def follow() -> None:
     """Patch a process that a launched program has started."""
-    _hook.install(json.loads(os.environ[FLAGS]))
+    _hook.install(json.loads(os.environ[FLAGS_VARIABLE]))
 
 
-def _report(words: list[str], process: int) -> None:
+def _report(words: list[str]) -> None:
     """The last line, if the program has trained plainly although it was launched to do otherwise."""
-    if os.getpid() != process:  # a fork
+    if not activity.collecting():  # a fork, or no program has run
         return
     found = activity.totals()
     activity.forget()
     wanted = not found["radius_zero"] and not asks_for_radius_zero(words) and not {"-h", "--help"} & set(words)
-    if found["perturbed_steps"] or not wanted or os.environ.get("RANK", "0") != "0":
+    if found["perturbed_steps"] or found["ascents"] or not wanted or os.environ.get("RANK", "0") != "0":
         return
     if found["trainings"]:
         why = (
@@ -188,18 +165,6 @@ def _report(words: list[str], process: int) -> None:
     print(f"adasam_hf: Warning: no training step was sharpness-aware: {why}.", file=sys.stderr, flush=True)
 
 
-def asks_for_radius_zero(words: Sequence[str]) -> bool:
-    """Whether a command line says so, wherever in it."""
-    values: dict[str, str] = {}
-    for word, following in zip(words, [*words[1:], ""], strict=True):
-        name, has_value, value = word.partition("=")
-        values[name.replace("-", "_")] = value if has_value else following
-    try:
-        return values.get("__optim") in ("amsgrad", "sgdm") or float(values["__sam_rho"]) == 0
-    except (KeyError, ValueError):
-        return False
-
-
 # ---- the program ----
 
 
@@ -208,7 +173,8 @@ def _main_module(path: str, spec: ModuleSpec | None = None) -> ModuleType:
     module = ModuleType("__main__")
     loader: Any = SourceFileLoader("__main__", path) if spec is None else spec.loader
     package, cached = (None, None) if spec is None else (spec.parent, spec.cached)
-    module.__dict__.update(__file__=path, __loader__=loader, __package__=package, __spec__=spec, __cached__=cached)
+    module.__dict__.update(__package__=package, __loader__=loader, __spec__=spec)
+    module.__dict__.update(__annotations__={}, __builtins__=builtins, __file__=path, __cached__=cached)
     return module
 
 
@@ -216,7 +182,7 @@ def _find_module(name: str) -> tuple[ModuleType, CodeType]:
     """As runpy finds it: of a package its ``__main__``.
 
     Raises:
-        SystemExit: if there is none, with the exit code of `python -m`.
+        SystemExit: with code 2 if there is none.
     """
     try:
         spec = importlib.util.find_spec(name)
@@ -224,11 +190,15 @@ def _find_module(name: str) -> tuple[ModuleType, CodeType]:
             name = f"{name}.__main__"
             spec = importlib.util.find_spec(name)
     except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise SystemExit(f"adasam_hf: finding the module {name!r} failed ({type(error).__name__}: {error})") from error
+        fail(f"finding the module {name!r} failed ({type(error).__name__}: {error})")
     loader: Any = None if spec is None else spec.loader
-    code = loader.get_code(spec.name) if spec is not None and hasattr(loader, "get_code") else None
+    try:
+        code = loader.get_code(spec.name) if spec is not None and hasattr(loader, "get_code") else None
+    except SyntaxError as error:
+        _show_from(error, str(error.filename))
+        raise
     if spec is None or code is None:
-        raise SystemExit(f"adasam_hf: there is no module {name!r} to run; see whether `python -m {name}` finds it")
+        fail(f"there is no module {name!r} to run; see whether `python -m {name}` finds it")
     return _main_module(spec.origin or code.co_filename, spec), code
 
 
@@ -249,11 +219,11 @@ def _run(module: ModuleType, code: CodeType | None) -> None:
 
 
 def _show_from(error: BaseException, path: str) -> None:
-    """Have the traceback printed from where the program begins; all of it, if it does not (a syntax error)."""
-    found = error.__traceback__
-    while found is not None and found.tb_frame.f_code.co_filename != path:
-        found = found.tb_next
-    show, begin = sys.excepthook, found or error.__traceback__
+    """Have the traceback printed from where the program begins, and none if it has not begun (a syntax error)."""
+    begin = error.__traceback__
+    while begin is not None and begin.tb_frame.f_code.co_filename != path:
+        begin = begin.tb_next
+    show = sys.excepthook
 
     def hook(kind: type[BaseException], value: BaseException, _: TracebackType | None) -> None:
         show(kind, value.with_traceback(begin), begin)

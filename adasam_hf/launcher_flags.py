@@ -1,6 +1,7 @@
 """The flags before a launched program's name: how they are read, where they go, and which the program has overruled."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -11,13 +12,12 @@ from transformers import HfArgumentParser, TrainerCallback, TrainerControl, Trai
 from transformers.utils import logging
 
 from . import activity
-from .launcher import fail
+from .command_line import PROGRAM, PROGRAM_VARIABLE, fail
+from .optimizer_names import ADASAM_NAMES, SGD_NAMES
 from .patching import patch
-from .training_args import ADASAM_NAMES, RADIUS_ZERO, SGD_NAMES, SharpnessAwareArgumentsMixin
+from .training_args import PACKAGE_DEFAULTS, RADIUS_ZERO, SharpnessAwareArgumentsMixin, set_launcher_defaults
 
 logger = logging.get_logger(__name__)
-
-FLAGS = [f.name for f in fields(SharpnessAwareArgumentsMixin) if f.name.startswith(("optim", "sgd_", "sam_"))]
 
 
 class _FlagParser(HfArgumentParser):
@@ -36,7 +36,7 @@ def read(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     unset = object()
     namespace = argparse.Namespace(**{f.name: unset for f in fields(mixin)})
     found, others = parser.parse_known_args(list(words), namespace)
-    return {name: value for name in FLAGS if (value := getattr(found, name)) is not unset}, others
+    return {name: value for name in PACKAGE_DEFAULTS if (value := getattr(found, name)) is not unset}, others
 
 
 def patch_with(flags: Sequence[str]) -> None:
@@ -55,7 +55,7 @@ def patch_with(flags: Sequence[str]) -> None:
         after, _ = read(sys.argv[1:])
     except ValueError:  # the program will say what is wrong with them, or has flags of the same names
         after = {}
-    SharpnessAwareArgumentsMixin.launcher_defaults = before
+    set_launcher_defaults(before)
     patch()
     callbacks: list[Any] = transformers.trainer.DEFAULT_CALLBACKS
     callbacks[:] = [callback for callback in callbacks if not isinstance(callback, LaunchCallback)]
@@ -87,7 +87,8 @@ class LaunchCallback(TrainerCallback):
         if unread:
             logger.warning(
                 f"the command line's arguments did not reach this training, which has {', '.join(unread)}: the script "
-                "does not parse TrainingArguments. Give them before its name: python -m adasam_hf --optim adasam SCRIPT"
+                "does not parse TrainingArguments. Give them before its name: "
+                f"{os.environ.get(PROGRAM_VARIABLE, PROGRAM)} --optim adasam SCRIPT"
             )
         self._warned = bool(overruled or unread)
 
@@ -95,14 +96,14 @@ class LaunchCallback(TrainerCallback):
         return [
             f"{name}={value!r} of the script wins over --{name} {wanted}"
             for name, wanted in self._before.items()
-            if (value := _value(args, name)) != wanted
+            if (value := getattr(args, name, None)) != wanted
         ]
 
     def _unread(self, args: TrainingArguments) -> list[str]:
         defaults = {f.name: f.default for f in fields(SharpnessAwareArgumentsMixin)}
         found = []
         for name, wanted in self._after.items():
-            value = _value(args, name)
+            value = getattr(args, name, None)
             if name == "optim":
                 missed = wanted in (*ADASAM_NAMES, *SGD_NAMES) and value != wanted
             else:
@@ -110,8 +111,3 @@ class LaunchCallback(TrainerCallback):
             if missed:
                 found.append(f"{name}={value!r} in place of {wanted}")
         return found
-
-
-def _value(args: TrainingArguments, name: str) -> Any:
-    value = getattr(args, name, None)
-    return getattr(value, "value", value)  # Transformers' names of optimizers are members of an enumeration

@@ -6,7 +6,7 @@ import sys
 from abc import ABCMeta
 from collections.abc import Mapping
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import transformers
 from transformers.utils import logging
@@ -27,14 +27,19 @@ MODULES = (
 )
 
 
-class StandIn(ABCMeta):
+ProtocolMeta: Any = type(Protocol)  # an ABCMeta
+
+
+class StandIn(ProtocolMeta):
     """The metaclass of classes that stand under a stock class's name.
 
     Whoever asks `isinstance(x, Trainer)` means the Trainer of Transformers. So a stand-in answers as the stock class
     does, and objects and classes made before the patch keep their relations to it. Every other class, those that are
     based on a stand-in included, answers for itself: nothing stock is ever an `AdaSAMTrainer`.
 
-    (An `ABCMeta`, for scripts that combine a trainer with an abstract class.)
+    Python wants the metaclass of a class to be based on those of all its bases. As this one is based on that of
+    protocols, which is based on `ABCMeta`, scripts can combine a trainer with abstract classes, protocols and generic
+    classes. A metaclass of their own must be based on ``type(Trainer)`` while the patch is in effect.
     """
 
     def __new__(metacls, name: str, bases: tuple[type, ...], namespace: dict[str, Any], **kwargs: Any) -> "StandIn":
@@ -42,9 +47,12 @@ class StandIn(ABCMeta):
         behind = {cls for base in bases for cls in base.__mro__[1:]}
         return super().__new__(metacls, name, tuple(base for base in bases if base not in behind), namespace, **kwargs)
 
+    def __instancecheck__(cls, instance: Any) -> bool:  # nothing based on a stand-in is a protocol
+        return ABCMeta.__instancecheck__(cls, instance)
+
     def __subclasscheck__(cls, subclass: type) -> bool:  # isinstance() comes here, too
         stock = STOCK.get(cls)
-        return super().__subclasscheck__(subclass) if stock is None else issubclass(subclass, stock)
+        return ABCMeta.__subclasscheck__(cls, subclass) if stock is None else issubclass(subclass, stock)
 
 
 STOCK: dict[type, type] = {}  # the class of Transformers for each stand-in
@@ -90,6 +98,13 @@ class patch:
     imported, is sharpness-aware and stays it. One that was made before stays plain, and a warning names it. What other
     modules of yours have imported by name before stays as it was, too. Radius 0, which is the default of every
     optimizer but adasam and sam, is the stock run.
+
+    Arguments that were pickled meanwhile, such as a checkpoint's ``training_args.bin``, can be loaded wherever this
+    package is installed, patched or not; elsewhere pickle says that there is no module named ``adasam_hf``. Where only
+    Transformers is to be needed, save ``args.to_dict()``.
+
+    A class of yours that has a metaclass of its own and is based on one of the four needs one that is based on
+    ``type(Trainer)`` meanwhile.
     """
 
     _active: int = 0

@@ -56,6 +56,7 @@ class SharpnessAwareRun:
             scope=self.args.sam_scope,
             same_masks=self.args.sam_dropout == "same",
             # FSDP2 gathers weights in each forward pass, in which all processes take part.
+            functional=self.args.sam_descent == "functional",
             cache_frozen=self.args.sam_cache_frozen and not trainer.accelerator.is_fsdp2,
             adaptive=self.args.sam_adaptive,
             metrics=metrics,
@@ -260,7 +261,7 @@ class SharpnessAwareRun:
             )
         if not any(radii) and (idle := args.arguments_without_effect()):
             logger.warning(f"{', '.join(idle)}: without effect at radius 0; pass --optim adasam, or --sam_rho 0.05")
-        if trainer.is_world_process_zero():
-            chosen = self.planner.chosen() if any(radii) else None
+        if any(radii) and trainer.is_world_process_zero():
+            chosen = self.planner.chosen()
             what = (args, trainer.accelerator, trainer.model, trainer.optimizer, radii, chosen, window.ascent_share)
             logger.warning_advice(describe(*what))  # type: ignore[attr-defined]

@@ -1,5 +1,15 @@
 """The former name of `adasam_hf.buffers`, for one release."""
 
-from .buffers import unchanged as kept
+import warnings
+from typing import Any
 
-__all__ = ["kept"]
+from . import buffers
+
+
+def __getattr__(name: str) -> Any:
+    if name != "kept":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn(
+        "adasam_hf.running_stats.kept goes in 0.2; use adasam_hf.buffers.unchanged", DeprecationWarning, stacklevel=2
+    )
+    return buffers.unchanged

@@ -141,6 +141,7 @@ class SharpnessAwareTrainerMixin(ModelCardMixin, CompleteCheckpointsMixin, _Base
         if self._run is not None:  # of steps taken by hand
             self._run.step.perturbation.release()
         self._run = None
+        self.args.check_together()  # arguments set one after another are looked at together here
         try:
             output = super()._inner_training_loop(*args, **kwargs)
             self._end_training(inspect.signature(super()._inner_training_loop).bind_partial(*args, **kwargs).arguments)

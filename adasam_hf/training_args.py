@@ -1,25 +1,25 @@
 """The arguments of sharpness-aware training: fields, checks, and what unset ones resolve to."""
 
 import copy
-import difflib
 import math
+import warnings
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
+from functools import cache, partial
+from types import FunctionType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args
 
 import torch
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
-from transformers.training_args import OptimizerNames
 
-from .defaults import ADASAM_DEFAULTS, ADASAM_NAMES, AdamDefaultsMixin
+from .defaults import ADASAM_DEFAULTS, AdamDefaultsMixin
 from .directions import DIRECTIONS, DirectionName
 from .optim import AdaSAM
+from .optimizer_names import ADASAM_NAMES, SGD_NAMES, read_optimizer_name
 from .presets import PRESETS, Preset, preset_ascent_fraction, preset_radius
 from .reading import read_choice, read_number, read_pattern, read_truth_value, read_whole_number
 from .schedule import SHAPES, Schedule, Shape
 
-# The paper's four methods: two updates, each with and without the ascent.
-SGD_NAMES = ("sam", "sgdm")
 RADIUS_ZERO = {"amsgrad": "adasam", "sgdm": "sam"}
 OPTIM_ARGS = {"adasam": {"foreach", "fused"}, "sam": {"foreach", "fused", "nesterov"}}
 
@@ -28,34 +28,75 @@ FLOATS = (float, float | None, "float", "float | None", "Optional[float]")
 
 Scope = Literal["batch", "microbatch"]
 Dropout = Literal["same", "fresh"]
+Descent = Literal["loss", "functional"]
 
-# What each number must be, and whether it is.
-NUMBERS: dict[str, tuple[str, Callable[[float], bool]]] = {
-    "sam_rho": (
-        "a finite number >= 0 (0 switches the ascent off; try 0.05)",
-        lambda rho: math.isfinite(rho) and rho >= 0.0,
-    ),
-    "sam_ascent_fraction": ("a number in (0, 1]; try 0.25", lambda share: 0.0 < share <= 1.0),
-    "sam_start": ("a number with 0 <= sam_start < sam_end <= 1; try sam_start=0.7", lambda share: 0.0 <= share < 1.0),
-    "sam_end": ("a number with 0 <= sam_start < sam_end <= 1; try sam_end=1", lambda share: 0.0 < share <= 1.0),
-    "sgd_momentum": ("a number in [0, 1); 0 switches it off", lambda momentum: 0.0 <= momentum < 1.0),
-    "adam_beta1": ("a number in [0, 1); 0 switches it off", lambda beta: 0.0 <= beta < 1.0),
-    "adam_beta2": ("a number in [0, 1); 0 switches it off", lambda beta: 0.0 <= beta < 1.0),
-    "adam_epsilon": ("a finite number >= 0; try 1e-6", lambda epsilon: math.isfinite(epsilon) and epsilon >= 0.0),
+Reader = Callable[[str, Any], Any]
+"""From an argument's name and value to its value in its own type; ValueError in one sentence."""
+
+
+def _number(must_be: str, allowed: Callable[[float], bool]) -> Reader:
+    return partial(read_number, must_be=must_be, allowed=allowed)
+
+
+def _whole_number(must_be: str) -> Reader:
+    return partial(read_whole_number, must_be=must_be, least=1)
+
+
+def _choice(choices: Collection[str]) -> Reader:
+    return partial(read_choice, choices=choices)
+
+
+def _or_unset(reader: Reader) -> Reader:
+    """None is a value, too, with a meaning of its own."""
+    return lambda name, value: None if value is None else reader(name, value)
+
+
+_momentum = _number("a number in [0, 1); 0 switches it off", lambda beta: 0.0 <= beta < 1.0)
+_start = _number("a number with 0 <= sam_start < sam_end <= 1; try sam_start=0.7", lambda share: 0.0 <= share < 1.0)
+_end = _number("a number with 0 <= sam_start < sam_end <= 1; try sam_end=1", lambda share: 0.0 < share <= 1.0)
+_share = _number("a number in (0, 1]; try 0.25", lambda share: 0.0 < share <= 1.0)
+_epsilon = _number("a finite number >= 0; try 1e-6", lambda epsilon: math.isfinite(epsilon) and epsilon >= 0.0)
+_radius = _number(
+    "a finite number >= 0 (0 switches the ascent off; try 0.05)", lambda rho: math.isfinite(rho) and rho >= 0.0
+)
+
+# How each argument is read, whoever sets it: a script, a parser, `dataclasses.replace`, a hyperparameter search.
+READERS: dict[str, Reader] = {
+    "optim": read_optimizer_name,
+    "adam_beta1": _momentum,
+    "adam_beta2": _or_unset(_momentum),
+    "adam_epsilon": _or_unset(_epsilon),
+    "sgd_momentum": _momentum,
+    "sam_rho": _or_unset(_radius),
+    "sam_scope": _choice(get_args(Scope)),
+    "sam_sync": read_truth_value,
+    "sam_dropout": _choice(get_args(Dropout)),
+    "sam_preset": _choice(PRESETS),
+    "sam_direction": _or_unset(_choice(DIRECTIONS)),
+    "sam_adaptive": read_truth_value,
+    "sam_ascent_fraction": _or_unset(_share),
+    "sam_ascent_min_rows": _whole_number("a whole number >= 1; use 2 or more where the loss needs several rows"),
+    "sam_parameters": partial(read_pattern, must_be="'all', 'norm' or a regular expression over parameter names"),
+    "sam_start": _start,
+    "sam_end": _end,
+    "sam_interval": _whole_number("a whole number >= 1; 1 ascends in every step"),
+    "sam_reuse": read_truth_value,
+    "sam_descent": _choice(get_args(Descent)),
+    "sam_cache_frozen": read_truth_value,
+    "sam_rho_schedule": _choice(SHAPES),
 }
-WHOLE_NUMBERS = {
-    "sam_interval": "a whole number >= 1; 1 ascends in every step",
-    "sam_ascent_min_rows": "a whole number >= 1; use 2 or more where the loss needs several rows",
-}
-CHOICES: dict[str, Collection[str]] = {
-    "sam_scope": get_args(Scope),
-    "sam_dropout": get_args(Dropout),
-    "sam_preset": PRESETS,
-    "sam_direction": DIRECTIONS,
-    "sam_rho_schedule": SHAPES,
-}
-TRUTH_VALUES = ("sam_sync", "sam_adaptive", "sam_reuse", "sam_cache_frozen")
-MAY_BE_UNSET = ("sam_rho", "sam_direction", "sam_ascent_fraction")  # and then have a meaning of their own
+
+
+def _read_spelled_number(name: str, value: Any) -> Any:
+    """'1e-5' in a field of Transformers for a float: YAML takes a number without a dot for text."""
+    return read_number(name, value, "a number") if isinstance(value, str) else value
+
+
+@cache
+def _readers(cls: type) -> dict[str, Reader]:
+    """For the arguments of this package, and for all other fields of `cls` that are floats."""
+    return {**{f.name: _read_spelled_number for f in fields(cls) if f.type in FLOATS}, **READERS}
+
 
 if TYPE_CHECKING:  # what the mixin finds behind it
 
@@ -163,6 +204,13 @@ class SharpnessAwareArgumentsMixin(_Base):
             "help": "With sam_interval > 1: perturb along the last gradient again in the steps between, in one pass."
         },
     )
+    sam_descent: Descent = field(
+        default="loss",
+        metadata={
+            "help": "What the second pass takes the gradient of: the loss, or the logits alone, weighted by the "
+            "loss's derivative from the first pass (functional; Functional-SAM, arXiv:2502.02407)."
+        },
+    )
     sam_cache_frozen: bool = field(
         default=True,
         metadata={
@@ -178,18 +226,30 @@ class SharpnessAwareArgumentsMixin(_Base):
         },
     )
 
-    # Those before the script's name in the launcher's command; each stands where an argument is at its default.
-    launcher_defaults: ClassVar[dict[str, Any]] = {}
+    _launcher_defaults: ClassVar[dict[str, Any]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Flags before a launched program's name win over the defaults of its classes, but over no value."""
+        super().__init_subclass__(**kwargs)
+        for name in cls._launcher_defaults.keys() & vars(cls).get("__annotations__", {}).keys() & vars(cls).keys():
+            if isinstance(own := vars(cls)[name], Field):
+                own.default, own.default_factory = cls._launcher_defaults[name], MISSING  # type: ignore[misc]
+            else:
+                setattr(cls, name, cls._launcher_defaults[name])
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Read the value in the argument's own type.
+
+        Raises:
+            ValueError: naming the argument, its value, the range and the remedy.
+        """
+        cls: Any = type(self)
+        reader = _readers(cls).get(name)
+        super().__setattr__(name, value if reader is None else reader(name, value))
 
     def __post_init__(self) -> None:
-        for f in fields(self):
-            if f.name in self.launcher_defaults and getattr(self, f.name) == f.default:
-                setattr(self, f.name, self.launcher_defaults[f.name])
-        self._read_text()
-        self._check_optimizer_name(self.optim)
-        self._read_values()
         self._read_adam_defaults()
-        self._check_together()
+        self.check_together()
         if self.optim in ADASAM_NAMES + SGD_NAMES:
             self._post_init_behind()
         else:
@@ -209,39 +269,14 @@ class SharpnessAwareArgumentsMixin(_Base):
         finally:
             vars(self).update(numbers, optim=optim)
 
-    def _read_text(self) -> None:
-        """Read '1e-5' in any field for a float: YAML takes a number without a dot for text."""
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if isinstance(value, str) and f.type in FLOATS and f.name not in NUMBERS:
-                setattr(self, f.name, read_number(f.name, value, "a number"))
+    def check_together(self) -> None:
+        """What each argument may be by itself, but not beside the others.
 
-    @staticmethod
-    def _check_optimizer_name(name: object) -> None:
-        known = [*ADASAM_NAMES, *SGD_NAMES, *(o.value for o in OptimizerNames)]
-        if not isinstance(name, str) or name not in known:
-            close = difflib.get_close_matches(str(name).lower(), known, n=1)
-            meant = f"did you mean {close[0]!r}? Or " if close else ""
-            raise ValueError(f"optim={name!r} is unknown; {meant}choose one of {', '.join(known)}")
+        At construction, and again when a training begins, for attributes are set one after the other.
 
-    def _read_values(self) -> None:
-        """Have each argument in its own type and range, or say what it must be."""
-        for name, (must_be, allowed) in NUMBERS.items():
-            if (value := getattr(self, name)) is not None or name not in MAY_BE_UNSET:
-                setattr(self, name, read_number(name, value, must_be, allowed))
-        for name, must_be in WHOLE_NUMBERS.items():
-            setattr(self, name, read_whole_number(name, getattr(self, name), must_be, least=1))
-        for name in TRUTH_VALUES:
-            setattr(self, name, read_truth_value(name, getattr(self, name)))
-        for name, choices in CHOICES.items():
-            if (value := getattr(self, name)) is not None or name not in MAY_BE_UNSET:
-                read_choice(name, value, choices)
-        read_pattern(
-            "sam_parameters", self.sam_parameters, "'all', 'norm' or a regular expression over parameter names"
-        )
-
-    def _check_together(self) -> None:
-        """What each argument may be by itself, but not beside the others."""
+        Raises:
+            ValueError: naming the arguments, their values and the remedy.
+        """
         if self.sam_rho and self.optim in RADIUS_ZERO:
             raise ValueError(
                 f"sam_rho={self.sam_rho!r} contradicts optim={self.optim!r}, which is {RADIUS_ZERO[self.optim]} at "
@@ -267,10 +302,27 @@ class SharpnessAwareArgumentsMixin(_Base):
                         f"sam_preset='free'), which has no first pass; leave {name} unset, or use "
                         "sam_direction='gradient'"
                     )
+        if self.sam_descent == "functional":
+            self._check_functional()
         if self.resolved_direction == "momentum" and self.optim in SGD_NAMES and self.sgd_momentum == 0:
             raise ValueError("sam_direction='momentum' needs one: set sgd_momentum above 0, for example 0.9")
         if self.optim in ADASAM_NAMES + SGD_NAMES:
             self._package_optim_args()
+
+    def _check_functional(self) -> None:
+        """That every step has a first pass that brings the logits' gradient, of all rows."""
+        contradictions = {
+            "sam_direction": (self.resolved_direction, DIRECTIONS[self.resolved_direction].first_pass, "gradient"),
+            "sam_ascent_fraction": (self.resolved_ascent_fraction, self.resolved_ascent_fraction == 1, 1.0),
+            "sam_reuse": (self.sam_reuse, not self.sam_reuse, False),
+            "torch_compile": (self.torch_compile, not self.torch_compile, False),
+        }
+        for name, (value, agrees, remedy) in contradictions.items():
+            if not agrees:
+                raise ValueError(
+                    f"{name}={value!r} contradicts sam_descent='functional', which takes the gradient at the logits of "
+                    f"all rows from a first pass in every step; set {name}={remedy!r}, or sam_descent='loss'"
+                )
 
     @property
     def resolved_direction(self) -> DirectionName:
@@ -304,13 +356,11 @@ class SharpnessAwareArgumentsMixin(_Base):
         rho: float | None = None,
     ) -> Self:
         """As in Transformers, with the names and the radius of this package; β2 and ε follow the name unless given."""
-        self._check_optimizer_name(name)
-        self.optim = name if name in ADASAM_NAMES + SGD_NAMES else OptimizerNames(name)
+        self.optim = name
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
         self.adam_beta1, self.adam_beta2, self.adam_epsilon = beta1, beta2, epsilon
         self.optim_args, self.sam_rho = args, rho
-        self._read_values()
-        self._check_together()
+        self.check_together()
         return self
 
     @property
@@ -324,9 +374,9 @@ class SharpnessAwareArgumentsMixin(_Base):
 
     def arguments_without_effect(self) -> list[str]:
         """Arguments of the ascent that are set although, at radius 0, there is none."""
-        defaults = {f.name: f.default for f in fields(SharpnessAwareArgumentsMixin) if f.name.startswith("sam_")}
-        found = {name: getattr(self, name) for name in defaults if name != "sam_rho"}
-        return [f"{name}={value!r}" for name, value in found.items() if value != defaults[name]]
+        names = [name for name in PACKAGE_DEFAULTS if name.startswith("sam_") and name != "sam_rho"]
+        found = {name: getattr(self, name) for name in names}
+        return [f"{name}={value!r}" for name, value in found.items() if value != PACKAGE_DEFAULTS[name]]
 
     def package_optimizer(self) -> tuple[type[torch.optim.Optimizer], dict[str, Any]] | None:
         """Class and keyword arguments for this package's optimizer names; None for those of Transformers."""
@@ -369,20 +419,34 @@ class SharpnessAwareArgumentsMixin(_Base):
 
     def stock(self) -> Self:
         """A copy."""
+        _deprecated("stock()", "copy.copy(args)")
         return copy.copy(self)
 
     @property
     def resolved_betas(self) -> tuple[float, float]:
         """(`adam_beta1`, `adam_beta2`)."""
+        _deprecated("resolved_betas", "(args.adam_beta1, args.adam_beta2)")
         return self.adam_beta1, self.adam_beta2
 
     @property
     def resolved_epsilon(self) -> float:
         """`adam_epsilon`."""
+        _deprecated("resolved_epsilon", "args.adam_epsilon")
         return self.adam_epsilon
 
-    own_optimizer = package_optimizer
-    idle_arguments = arguments_without_effect
+    def own_optimizer(self) -> tuple[type[torch.optim.Optimizer], dict[str, Any]] | None:
+        """`package_optimizer`."""
+        _deprecated("own_optimizer()", "package_optimizer()")
+        return self.package_optimizer()
+
+    def idle_arguments(self) -> list[str]:
+        """`arguments_without_effect`."""
+        _deprecated("idle_arguments()", "arguments_without_effect()")
+        return self.arguments_without_effect()
+
+
+def _deprecated(name: str, instead: str) -> None:
+    warnings.warn(f"{name} of the arguments goes in 0.2; use {instead}", DeprecationWarning, stacklevel=3)
 
 
 @dataclass(repr=False)
@@ -393,3 +457,42 @@ class AdaSAMTrainingArguments(SharpnessAwareArgumentsMixin, TrainingArguments):
 @dataclass(repr=False)
 class AdaSAMSeq2SeqTrainingArguments(SharpnessAwareArgumentsMixin, Seq2SeqTrainingArguments):
     """`transformers.Seq2SeqTrainingArguments` with AdaSAM."""
+
+
+PACKAGE_DEFAULTS = {
+    f.name: f.default for f in fields(SharpnessAwareArgumentsMixin) if f.name.startswith(("optim", "sgd_", "sam_"))
+}
+
+_replaced: list[tuple[Any, str, Any]] = []  # what set_launcher_defaults has: an object, its attribute, the value before
+
+
+def set_launcher_defaults(values: dict[str, Any]) -> None:
+    """Make `values` the defaults of sharpness-aware arguments, instead of those of an earlier call.
+
+    They are what parsers and constructors take, of classes that exist and of those to come, so that whatever is given
+    explicitly wins over them, also where it equals the package's own default.
+    """
+    while _replaced:
+        setattr(*_replaced.pop())
+    SharpnessAwareArgumentsMixin._launcher_defaults = values
+    classes: list[Any] = [SharpnessAwareArgumentsMixin]
+    for cls in classes:
+        classes += [subclass for subclass in cls.__subclasses__() if subclass not in classes]
+        _replace_defaults(cls, values)
+
+
+def _replace_defaults(cls: Any, values: dict[str, Any]) -> None:
+    """In the fields that `cls` itself declares, and in its constructor."""
+
+    def replace(target: Any, name: str, value: Any) -> None:
+        _replaced.append((target, name, getattr(target, name)))
+        setattr(target, name, value)
+
+    for name in values.keys() & vars(cls).get("__annotations__", {}).keys() & vars(cls).keys():
+        replace(cls, name, values[name])
+        replace(cls.__dataclass_fields__[name], "default", values[name])
+    init = vars(cls).get("__init__")
+    if isinstance(init, FunctionType) and init.__defaults__:
+        names = init.__code__.co_varnames[: init.__code__.co_argcount][-len(init.__defaults__) :]
+        defaults = zip(names, init.__defaults__, strict=True)
+        replace(init, "__defaults__", tuple(values.get(name, default) for name, default in defaults))

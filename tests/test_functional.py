@@ -5,11 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_model, make_rows
+from conftest import SeedSteps, Sharp, flat, make_model, make_rows
 from test_step import OneProcess
 from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
+from transformers import BartConfig, BartForConditionalGeneration, LlamaConfig, LlamaForCausalLM
 
+from adasam_hf import AdaSAMSeq2SeqTrainer
 from adasam_hf.directions import Gradient
 from adasam_hf.functional import LogitGradients
 from adasam_hf.metrics import StepMetrics
@@ -19,6 +21,36 @@ from adasam_hf.window import StepPlan, Window
 RHO = 0.5
 SCOPES = pytest.mark.parametrize("scope", ["batch", "microbatch"])
 COUNTS = pytest.mark.parametrize("k", [1, 3])
+
+
+def causal_head():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=40, **sizes)).double()
+
+
+def causal_rows():
+    return [{"input_ids": row["input_ids"], "labels": row["input_ids"].clone()} for row in make_rows(12)]
+
+
+def seq2seq_head():
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    return BartForConditionalGeneration(
+        BartConfig(vocab_size=40, max_position_embeddings=32, **sizes, **heads)
+    ).double()
+
+
+class SharpSeq2Seq(AdaSAMSeq2SeqTrainer):
+    pass
+
+
+HEADS = {
+    "bert": (lambda: make_model("bert"), lambda: make_rows(12), Sharp),
+    "causal": (causal_head, causal_rows, Sharp),
+    "seq2seq": (seq2seq_head, causal_rows, SharpSeq2Seq),
+}
 
 
 def batches(k, rows=2):
@@ -43,9 +75,12 @@ def bert(seed=0):
     return make_model("bert").train()  # with dropout
 
 
-def by_hand(window, loss, scope, scale=1.0, fault=None):
-    """Gradients at w of J(w + δ)ᵀ ∇_F L(w), summed over the window, and ‖s‖ of the last ascent."""
+def by_hand(window, loss, scope, scale=1.0, fault=None, start=None, seed=1):
+    """J(w + δ)ᵀ ∇_F L(w), summed over the window."""
     model = bert()
+    if start is not None:
+        torch.nn.utils.vector_to_parameters(start, model.parameters())
+    torch.manual_seed(seed)
     params, k = list(model.parameters()), len(window)
     total = [torch.zeros_like(p) for p in params]
     clean = [p.detach().clone() for p in params]
@@ -85,6 +120,7 @@ def ours(window, loss, scope, scale=1.0, wrap=lambda model: model):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     how = {"scope": scope, "same_masks": True, "functional": True, "adaptive": False, "metrics": StepMetrics()}
     step = TwoPassStep(model, optimizer, loss_scale=lambda: scale, **how)
+    torch.manual_seed(1)
     called = wrap(model)
 
     def stock_step(batch):
@@ -102,12 +138,8 @@ def ours(window, loss, scope, scale=1.0, wrap=lambda model: model):
 @pytest.mark.parametrize("loss", [classify, smooth, regress])
 @pytest.mark.parametrize("scale", [1.0, 2.0**10])
 def test_it_is_the_jacobian_at_the_perturbed_weights(scope, k, loss, scale):
-    torch.manual_seed(1)
-    want = by_hand(batches(k), loss, scope, scale)
-    torch.manual_seed(1)
-    found = ours(batches(k), loss, scope, scale)
+    want, found = by_hand(batches(k), loss, scope, scale), ours(batches(k), loss, scope, scale)
     assert (found - want).norm() < 1e-13 * want.norm()
-    torch.manual_seed(1)
     assert (found - by_hand(batches(k), loss, scope, scale, fault="loss")).norm() > 1e-3 * want.norm()
 
 
@@ -212,3 +244,66 @@ def test_models_without_logits_are_refused_before_anything_moves(outputs):
     ):
         TwoPassStep(model, optimizer, **how)(window, window[0], stock_step, OneProcess())
     assert torch.equal(model.body.weight, before)
+
+
+# ---- in the Trainer ----
+
+
+@SCOPES
+@COUNTS
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.compat("Descent", "`sam_descent=functional`, label smoothing, dropout")
+def test_a_training_by_hand(build, scope, k, smoothing):
+    model, rows = bert(), make_rows(4 * 2 * k)
+    flags = {"sam_descent": "functional", "sam_scope": scope, "label_smoothing_factor": smoothing}
+    options = {"optim": "sgd", "learning_rate": 0.1, "sam_rho": RHO, "gradient_accumulation_steps": k}
+    build(Sharp, model, rows, callbacks=[SeedSteps()], **options, **flags).train()
+
+    def trained_by_hand(fault=None):
+        weights = flat(bert())
+        for step in range(2):
+            parts = [rows[i : i + 4] for i in range(4 * k * step, 4 * k * (step + 1), 4)]
+            window = [{key: torch.stack([row[key] for row in part]) for key in part[0]} for part in parts]
+            loss = lambda logits, labels: cross_entropy(logits, labels, label_smoothing=smoothing)  # noqa: E731
+            weights = weights - 0.1 * by_hand(window, loss, scope, fault=fault, start=weights, seed=100 + step)
+        return weights
+
+    tolerance = 1e-10 if smoothing else 1e-12  # the Trainer sums the smoothed part in float32
+    assert (flat(model) - trained_by_hand()).abs().max() < tolerance
+    assert (flat(model) - trained_by_hand("loss")).abs().max() > 1e-5
+
+
+@pytest.mark.compat("Descent", "`sam_descent=functional` in bf16 autocast, causal and sequence-to-sequence heads")
+@pytest.mark.parametrize("kind", ["bert", "causal", "seq2seq"])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_heads_of_other_kinds(build, kind, bf16):
+    """At a vanishing radius it is the plain run; at a real one it is neither that nor ordinary SAM."""
+    make, rows, trainer = HEADS[kind]
+
+    def run(**flags):
+        model = make()
+        build(
+            trainer, model, rows(), callbacks=[SeedSteps()], optim="sgd", learning_rate=0.1, bf16=bf16, **flags
+        ).train()
+        return flat(model)
+
+    plain = run()
+    tiny = run(sam_rho=1e-10, sam_descent="functional")
+    assert (tiny - plain).abs().max() < (1e-3 if bf16 else 1e-8)
+    real, ordinary = run(sam_rho=RHO, sam_descent="functional"), run(sam_rho=RHO)
+    assert min((real - plain).abs().max(), (real - ordinary).abs().max()) > 1e-5
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        ({"sam_direction": "momentum"}, "sam_direction='momentum'.*set sam_direction='gradient'"),
+        ({"sam_ascent_fraction": 0.5}, "sam_ascent_fraction=0.5.*set sam_ascent_fraction=1.0"),
+        ({"sam_interval": 2, "sam_reuse": True}, "sam_reuse=True.*set sam_reuse=False"),
+        ({"torch_compile": True}, "torch_compile=True.*set torch_compile=False"),
+    ],
+)
+@pytest.mark.compat("Descent", "`functional` without a first pass, on a share of the rows, compiled", refused=True)
+def test_what_contradicts_it(build, flags, problem):
+    with pytest.raises(ValueError, match=f"{problem}, or sam_descent='loss'"):
+        build(Sharp, bert(), optim="adamw_torch", sam_rho=RHO, sam_descent="functional", **flags)

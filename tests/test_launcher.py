@@ -1,24 +1,30 @@
 """Unmodified scripts, modules and launchers under `python -m adasam_hf`."""
 
+import ast
+import errno
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
+from collections import Counter
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import TrainerControl, TrainerState
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from adasam_hf import AdaSAMTrainingArguments, SharpnessAwareArgumentsMixin, activity
+from adasam_hf import AdaSAMTrainingArguments, SharpnessAwareArgumentsMixin, activity, launcher_flags
 from adasam_hf.card import CITATION
+from adasam_hf.command_line import PROGRAM_VARIABLE, SWITCHES, split_flags
 from adasam_hf.glue.data import resolve_path
-from adasam_hf.launcher import CHILDREN, SWITCHES, split_flags
-from adasam_hf.launcher_flags import LaunchCallback, read
+from adasam_hf.launcher import CHILDREN, FLAGS_VARIABLE, PatchOnImport, main
+from adasam_hf.launcher_flags import LaunchCallback, patch_with, read
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ROOT / "tests" / "scripts"
@@ -68,12 +74,14 @@ def test_the_arguments_are_in_the_help(words):
     assert f"usage: {words[0]}.py" in shown.stdout
 
 
+@pytest.mark.slow
 def test_the_help_has_the_scripts_own_arguments_and_without_the_launcher_only_those():
     assert "--fail_at" in launch("classify", "--help").stdout
     alone = launch("classify", "--help", launcher=[]).stdout
     assert "--fail_at" in alone and "--sam_rho" not in alone
 
 
+@pytest.mark.slow
 def test_a_script_trains_saves_and_resumes(tiny, out, tmp_path):
     job = training(out, f"--model_name_or_path={tiny}", "--do_eval", "--save_steps=2")
     done = launch("classify", *job)
@@ -125,9 +133,13 @@ def test_exit_codes_and_tracebacks_are_the_scripts_own(tiny, out, tmp_path):
 def test_scripts_that_are_none(tmp_path):
     (tmp_path / "syntax.py").write_text("def f(:\n")
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    for script, message in ((tmp_path / "syntax.py", "SyntaxError"), ("nothing.py", "'nothing.py' is no file")):
-        done = subprocess.run([sys.executable, *LAUNCHER, str(script)], capture_output=True, text=True, env=environment)
-        assert done.returncode == 1 and message in done.stderr
+    for launched in (["syntax.py"], ["-m", "syntax"]):
+        plain, done = (run(*launched, launcher=how, cwd=tmp_path) for how in ([], LAUNCHER))
+        shown = done.stderr.removesuffix(f"{last(done.stderr)}\n")
+        assert done.returncode == plain.returncode == 1 and last(done.stderr)
+        assert shown.startswith(f'  File "{tmp_path / "syntax.py"}", line 1\n') and "SyntaxError" in shown
+        assert plain.stderr.endswith(shown)
+    assert plain.stderr != shown  # python -m shows its own frames
     done = subprocess.run([sys.executable, *LAUNCHER], capture_output=True, text=True, env=environment)
     assert done.returncode == 2 and "python -m adasam_hf [FLAGS] SCRIPT" in done.stdout
 
@@ -283,9 +295,10 @@ def test_flags_that_do_not_reach_the_training_are_named(tmp_path):
 
 def test_flags_before_the_script_are_its_defaults(tmp_path):
     """One that the script leaves alone, and one that it sets itself: which of the two wins is said."""
-    printed, shown = warnings_of("optim=adamw_torch", out=tmp_path, flags=["--optim=adasam", "--sam-rho", "0.1"])
+    given = TrainingArguments.optim  # also the default, which does not make it any less explicit
+    printed, shown = warnings_of(f"optim={given}", out=tmp_path, flags=["--optim=adasam", "--sam-rho", "0.1"])
     assert "optimizer=AdamW\n" in printed and "'sam_rho': '0.1'" in printed
-    assert shown.count("optim='adamw_torch' of the script wins over --optim adasam given before its name") == 1
+    assert shown.count(f"optim='{given}' of the script wins over --optim adasam given before its name") == 1
     assert "sam_rho=" not in shown[shown.index("wins over") :].splitlines()[0]
     assert last(shown) is None
 
@@ -309,28 +322,68 @@ def last(stderr):
     return lines[-1] if lines and "no training step was sharpness-aware" in lines[-1] else None
 
 
-def test_wrong_flags(tmp_path):
-    (tmp_path / "script.py").write_text("print('run')\nfrom transformers import TrainingArguments\n")
-    (tmp_path / "adasam").touch()  # a value, not the script
-    for words, code, message in (
-        (["--learning_rate=1", "script.py"], 2, "there can be --optim, --sgd_momentum and --sam_…, not learning_rate"),
-        (["--optim", "--sam_rho=1", "script.py"], 2, "--optim needs a value; try --optim=adasam"),
-        (["--optim", "adasam"], 2, "there is no script after adasam"),
-        (["--sam_adaptive", "-m"], 2, "there is no module after -m"),
-        (["--optim", "adasam", "nothing.py"], 1, "is no file"),
-    ):
-        done = run(*words, cwd=tmp_path)
-        assert (done.returncode, done.stdout) == (code, "") and message in done.stderr, done.stderr
-        assert len(done.stderr.splitlines()) == 1
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """The launcher in this process, in an empty folder: what it sets is put back."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", list(sys.argv))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(activity, "_owner", None)
+    monkeypatch.setattr(activity, "_here", Counter())
+    monkeypatch.setattr("atexit.register", lambda *_: None)
+    monkeypatch.setattr(PatchOnImport, "install", lambda self, flags: None)
+    for name in (PROGRAM_VARIABLE, FLAGS_VARIABLE, activity.FILE_VARIABLE, "PYTHONPATH"):
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+    return tmp_path
 
 
-def test_values_of_flags_are_checked_when_the_script_imports_its_arguments(tmp_path):
-    (tmp_path / "script.py").write_text("from transformers import TrainingArguments\nprint('never')\n")
-    done = run("--sam_rho", "much", "script.py", cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.splitlines()[-1] == (
-        "python -m adasam_hf: argument --sam_rho/--sam-rho: invalid float value: 'much'"
-    )
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--learning_rate=1", "script.py"], "there can be --optim, --sgd_momentum and --sam_…, not learning_rate"),
+        (["--optim", "--sam_rho=1", "script.py"], "--optim needs a value; try --optim=adasam"),
+        (["--optim", "adasam"], "there is no script after adasam"),
+        (["--sam_adaptive", "-m"], "there is no module after -m"),
+        (["--optim", "adasam", "nothing.py"], "SCRIPT='nothing.py' is no file; give the path"),
+        (["-m", "nothing.at.all"], "finding the module 'nothing.at.all' failed"),
+        (["-m", "nothing_at_all"], "there is no module 'nothing_at_all' to run; see whether"),
+    ],
+)
+@pytest.mark.parametrize("name", [None, "adasam"])
+def test_wrong_words(here, capsys, words, message, name):
+    (here / "script.py").write_text("raise AssertionError('run')\n")
+    (here / "adasam").touch()  # a value, not the script
+    with pytest.raises(SystemExit) as ended:
+        main("usage", words, **({"program": name} if name else {}))
+    shown = capsys.readouterr()
+    assert ended.value.code == 2 and not shown.out and len(shown.err.splitlines()) == 1
+    assert shown.err.startswith(f"{name or 'python -m adasam_hf'}: ") and message in shown.err
+    assert not activity.collecting()  # no last line about a program that has not run
+
+
+def test_the_usage(here, capsys):
+    for words, code in (([], 2), (["-h"], 0), (["--help"], 0)):
+        with pytest.raises(SystemExit) as ended:
+            main("how to use it", words)
+        assert ended.value.code == code and capsys.readouterr().out == "how to use it\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--sam_rho", "much"], "argument --sam_rho/--sam-rho: invalid float value: 'much'"),
+        (["--sam_rhp=1"], "there is no argument --sam_rhp=1; docs/arguments.md lists those of the ascent"),
+    ],
+)
+def test_values_of_flags_are_checked_when_the_script_imports_its_arguments(here, capsys, flags, message):
+    os.environ[PROGRAM_VARIABLE] = "adasam"
+    activity.collect()
+    with pytest.raises(SystemExit) as ended:
+        patch_with(flags)
+    assert ended.value.code == 2 and capsys.readouterr().err == f"adasam: {message}\n"
+    assert not activity.collecting()
 
 
 @pytest.mark.parametrize(
@@ -404,10 +457,26 @@ def test_a_module_as_python_would_run_it(tmp_path):
         )
         assert launched.returncode == plain.returncode == 5 and launched.stderr == plain.stderr == ""
         assert launched.stdout == plain.stdout and name in plain.stdout
-    for name in ("nothing", "package.nothing", "nothing.at.all"):
-        plain, launched = (run("-m", name, launcher=launcher, cwd=tmp_path) for launcher in ([], LAUNCHER))
-        assert launched.returncode == plain.returncode == 1 and name in launched.stderr
-        assert "Traceback" not in launched.stderr and last(launched.stderr) is None
+
+
+GLOBALS = """'''What it is.'''
+number: int = 3
+def shown(value):
+    return value if isinstance(value, str | None) else type(value).__name__
+print([(name, shown(value)) for name, value in globals().copy().items()], __annotations__)
+print(__builtins__.len("four"), __loader__.get_filename())
+"""
+
+
+@pytest.mark.parametrize("words", [["script.py"], ["-m", "script"]])
+def test_the_globals_are_those_that_python_gives(tmp_path, words):
+    (tmp_path / "script.py").write_text(GLOBALS)
+    (tmp_path / "control.py").write_text("import runpy\nrunpy.run_path('script.py', run_name='__main__')\n")
+    plain, launched, control = (
+        run(*how, cwd=tmp_path, launcher=launcher, env={"PYTHONDONTWRITEBYTECODE": "1"})
+        for launcher, how in (([], words), (LAUNCHER, words), ([], ["control.py"]))
+    )
+    assert plain.returncode == 0 and plain.stdout == launched.stdout != control.stdout
 
 
 def test_nothing_is_imported_before_the_script_does(tmp_path):
@@ -434,6 +503,7 @@ def test_nothing_is_imported_before_the_script_does(tmp_path):
         ("pass", ["--optim", "adasam", "--sam_rho", "0.0"], False),
         ("pass", ["--optim=amsgrad"], False),
         ("from adasam_hf import activity; activity.record(3)", [], False),
+        ("from adasam_hf import activity; activity.record_ascent()", [], False),  # a loop of its own
         ("from adasam_hf import activity; activity.record(0)", [], True),
         ("from adasam_hf import activity; activity.record(0); activity.record_radius_zero()", [], False),
         ("import os\nfrom adasam_hf import activity\nos.fork() or activity.record(3)\nos.wait()", [], False),
@@ -502,6 +572,150 @@ def test_a_child_that_trains_counts(tmp_path):
         done = run("script.py", cwd=tmp_path, env=env)
         assert done.returncode == 0 and bool(last(done.stderr)) is (steps == 0), done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["script.py"]  # nothing is left behind
+
+
+def test_an_ascent_is_recorded_once(here, monkeypatch):
+    monkeypatch.setenv(activity.FILE_VARIABLE, str(here / "file"))
+    for _ in range(3):
+        activity.record_ascent()
+    activity.record(2)
+    assert (here / "file").read_text() == "ascents 1\ntrainings 1\nperturbed_steps 2\n"
+    assert activity.totals() == {"ascents": 1, "trainings": 1, "perturbed_steps": 2}
+
+
+def test_files_of_programs_that_were_killed_are_removed(here):
+    def start(host, process):
+        return here / f"adasam_hf-{host}-{process}-{'0' * 16}"
+
+    machine = os.uname().nodename
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    dead = start(machine, ended.pid)
+    others = [
+        start(machine, os.getpid()),
+        start("elsewhere", ended.pid),
+        here / f"adasam_hf-{machine}-x",
+        here / "mine",
+    ]
+    for path in (dead, *others):
+        path.touch()
+    activity.collect()
+    assert not dead.exists() and all(path.exists() for path in others)
+
+
+def test_a_program_that_is_killed_leaves_nothing_that_the_next_one_does_not_remove(tmp_path):
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    child = "from adasam_hf import activity; activity.record(1)"
+    (tmp_path / "script.py").write_text(
+        "import os, signal, subprocess, sys\n"
+        f"subprocess.run([sys.executable, '-c', {child!r}], check=True)\n"
+        "if len(sys.argv) > 1: os.kill(os.getpid(), signal.SIGTERM)\n"
+    )
+    assert run("script.py", "stop", cwd=tmp_path, env={"TMPDIR": str(folder)}).returncode == -signal.SIGTERM
+    assert len(list(folder.iterdir())) == 1
+    assert run("script.py", cwd=tmp_path, env={"TMPDIR": str(folder)}).returncode == 0
+    assert not list(folder.iterdir())
+
+
+def test_a_file_that_cannot_be_removed_is_no_error(here, monkeypatch):
+    activity.collect()
+    removed = []
+
+    def unlink(path):
+        removed.append(path)
+        raise PermissionError(errno.EPERM, "not yours")
+
+    monkeypatch.setattr(os, "unlink", unlink)
+    activity.forget()
+    assert removed == [os.environ[activity.FILE_VARIABLE]]
+    del os.environ[activity.FILE_VARIABLE]  # as a program may
+    activity.forget()
+    assert activity.totals() == {} and len(removed) == 1
+
+
+class Loader:
+    """Of a module whose import takes until it is told to end."""
+
+    def __init__(self):
+        self.begun, self.end = threading.Event(), threading.Event()
+
+    def exec_module(self, module):
+        self.begun.set()
+        assert self.end.wait(10)
+
+
+@pytest.mark.parametrize(("busy", "patched"), [("transformers.models.bert", True), ("transformers.trainer", False)])
+def test_an_import_in_another_thread(monkeypatch, busy, patched):
+    """It delays the patch only if it is the import of what is to be patched."""
+    found = []
+    monkeypatch.setattr(launcher_flags, "patch_with", found.append)
+    hook, slow, quick = PatchOnImport(), Loader(), Loader()
+    hook.flags = ["--optim=adasam"]
+    monkeypatch.setattr(sys, "meta_path", [hook, *sys.meta_path])
+    hook._watch(slow, busy)
+    hook._watch(quick, "transformers.training_args")
+    quick.end.set()
+    thread = threading.Thread(target=slow.exec_module, args=[None])
+    thread.start()
+    try:
+        assert slow.begun.wait(10) and not found
+        quick.exec_module(None)
+        assert bool(found) is patched
+    finally:
+        slow.end.set()
+        thread.join()
+    assert found == [["--optim=adasam"]]
+
+
+def test_an_import_of_the_same_thread_delays_the_patch(monkeypatch):
+    found = []
+    monkeypatch.setattr(launcher_flags, "patch_with", found.append)
+    hook, inner = PatchOnImport(), Loader()
+    monkeypatch.setattr(sys, "meta_path", [hook, *sys.meta_path])
+    inner.end.set()
+
+    class Outer:
+        def exec_module(self, module):
+            inner.exec_module(module)
+            assert not found
+
+    outer = Outer()
+    hook._watch(inner, "transformers.trainer")
+    hook._watch(outer, "transformers.modelcard")
+    outer.exec_module(None)
+    assert inner.begun.is_set() and found == [[]]
+
+
+def test_which_setting_won_is_said(caplog):
+    """Also where the script's own is the default."""
+    args = AdaSAMTrainingArguments("out", use_cpu=True, report_to="none", sam_scope="batch", sam_rho=0.1)
+    callback = LaunchCallback({"sam_scope": "microbatch", "sam_rho": 0.1}, {})
+    for _ in range(2):
+        callback.on_train_begin(args, TrainerState(), TrainerControl())
+    said = [record.message for record in caplog.records if "wins" in record.message]
+    assert said == ["sam_scope='batch' of the script wins over --sam_scope microbatch given before its name"]
+
+
+PACKAGE = ROOT / "adasam_hf"
+
+
+def imported(name):
+    """Modules of the package that `name` imports, wherever in it."""
+    tree = ast.parse((PACKAGE / f"{name}.py").read_text())
+    froms = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 1]
+    names = {name for node in froms for name in ([node.module] if node.module else [a.name for a in node.names])}
+    return {found if (PACKAGE / f"{found}.py").exists() else "__init__" for found in names}
+
+
+@pytest.mark.parametrize("name", ["launcher", "launcher_flags", "command_line", "card", "patching", "training_args"])
+def test_imports_point_one_way(name):
+    seen, queue = set(), [name]
+    while queue:
+        new = imported(queue.pop()) - seen
+        seen |= new
+        queue += new
+    assert name not in seen and "__init__" not in seen and (seen or name == "command_line")
 
 
 # ---- slow: settings, children that train ----

@@ -2,12 +2,10 @@
 
 import copy
 import dataclasses
-import os
 import pickle
-import subprocess
 import sys
 from abc import ABC, abstractmethod
-from pathlib import Path
+from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 import pytest
 import torch
@@ -25,7 +23,6 @@ from adasam_hf import (
     SharpnessAwareTrainerMixin,
 )
 
-ROOT = Path(__file__).parent.parent
 ADASAM = {
     "Trainer": AdaSAMTrainer,
     "Seq2SeqTrainer": AdaSAMSeq2SeqTrainer,
@@ -190,6 +187,48 @@ def test_classes_that_scripts_make():
         assert trainer.evaluate()["eval_loss"] > 0
 
 
+def test_protocols_generic_classes_and_metaclasses():
+    T = TypeVar("T")
+
+    class Rewards(Protocol):
+        def reward(self) -> float: ...
+
+    @runtime_checkable
+    class Named(Protocol):
+        name: str
+
+    class Foreign(type):
+        pass
+
+    class WithStock(STOCK["Trainer"], metaclass=Foreign):
+        pass
+
+    with adasam_hf.patch():
+
+        class Mine(transformers.Trainer, Rewards, Generic[T]):
+            name = "mine"
+
+            def reward(self):
+                return 1.0
+
+        assert Mine.reward(None) == 1.0 and isinstance(Mine.__new__(Mine), Named | transformers.Trainer)
+        assert issubclass(Mine[int].__origin__, AdaSAMTrainer) and not isinstance(1, Mine)
+        assert not isinstance(Mine.__new__(Mine), STOCK["Seq2SeqTrainer"])
+
+        with pytest.raises(TypeError, match="metaclass conflict"):
+
+            class Conflict(transformers.Trainer, metaclass=Foreign):
+                pass
+
+        class Both(type(transformers.Trainer), Foreign):  # the remedy that the documentation has
+            pass
+
+        class Theirs(transformers.Trainer, metaclass=Both):
+            pass
+
+        assert issubclass(Theirs, AdaSAMTrainer) and not issubclass(WithStock, AdaSAMTrainer)
+
+
 def test_its_trainers_are_those_of_this_package(tmp_path):
     """Bit for bit, with a radius and without; and with one not as in stock."""
 
@@ -245,16 +284,15 @@ def test_arguments_made_before_can_still_be_saved(tmp_path):
     assert b"adasam_hf" not in (tmp_path / "args.bin").read_bytes()  # afterwards as in stock
 
 
-def test_trainers_made_before_are_named():
-    code = """
-import transformers
-from transformers import Trainer
-class Early(Trainer): pass
-import adasam_hf
-adasam_hf.patch()
-assert Trainer is transformers.Trainer and issubclass(Trainer, adasam_hf.AdaSAMTrainer)
-"""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "TRANSFORMERS_VERBOSITY": "warning"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert "__main__.Early: made before adasam_hf.patch()" in done.stderr
+def test_trainers_made_before_are_named(caplog):
+    class Early(STOCK["Seq2SeqTrainer"]):
+        pass
+
+    with adasam_hf.patch():
+
+        class Late(transformers.Seq2SeqTrainer):
+            pass
+
+    (said,) = (record.message for record in caplog.records)
+    assert f"{__name__}.{Early.__qualname__}" in said and "made before adasam_hf.patch()" in said
+    assert Late.__qualname__ not in said

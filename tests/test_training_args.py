@@ -24,6 +24,7 @@ from adasam_hf import (
     AdaSAMTrainingArguments,
     SharpnessAwareArgumentsMixin,
 )
+from adasam_hf.training_args import set_launcher_defaults
 
 CLASSES = [AdaSAMTrainingArguments, AdaSAMSeq2SeqTrainingArguments]
 OURS = ["adasam", "amsgrad", "sam", "sgdm"]
@@ -137,7 +138,9 @@ def test_given_values_reach_the_optimizer(make):
 def test_names_of_transformers_keep_their_meaning(make, tmp_path, name):
     stock = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", optim=name)
     args = make(optim=name)
-    assert args.optim is OptimizerNames(name)
+    assert args.optim == OptimizerNames(name) == stock.optim and args.optim in [stock.optim] and args.optim in {name}
+    assert (args.optim.value, args.optim.name, hash(args.optim)) == (name, stock.optim.name, hash(stock.optim))
+    assert args.optim != OptimizerNames.LOMO and OptimizerNames(args.optim) is stock.optim
     want = Trainer.get_optimizer_cls_and_kwargs(stock)
     assert AdaSAMTrainer.get_optimizer_cls_and_kwargs(args) == want
     assert AdaSAMTrainer.get_optimizer_cls_and_kwargs(make(optim=name, sam_rho=0.05)) == want
@@ -175,7 +178,6 @@ def test_the_numbers_in_force_are_read(make, cls, name):
         assert {type(found[n]) for n in want} == {float}
     assert args.to_sanitized_dict()["adam_beta2"] == want["adam_beta2"]  # which makes text of all but plain types
     assert yaml.safe_load(yaml.safe_dump(numbers(args))) == want
-    assert (args.resolved_betas, args.resolved_epsilon) == ((0.9, want["adam_beta2"]), want["adam_epsilon"])
     assert f"adam_beta2={want['adam_beta2']}," in str(args)
 
 
@@ -310,7 +312,7 @@ def test_set_optimizer(make):
     assert said(args)["optim"] == "adasam"
     assert (numbers(args), args.sam_rho, args.learning_rate) == (ADASAM, 0.1, 1e-3)
     args = args.set_optimizer("adamw_torch")
-    assert args.optim is OptimizerNames.ADAMW_TORCH
+    assert args.optim == OptimizerNames.ADAMW_TORCH
     assert (numbers(args), args.sam_rho) == (STOCK, None)
     assert numbers(args.set_optimizer("adamw_torch", beta2=0.98, epsilon=1e-6).set_optimizer("adasam")) == ADASAM
     args = args.set_optimizer("adasam", beta2=0.999)
@@ -406,9 +408,17 @@ def test_defaults_of_the_class_behind(make):
 
 def test_names_of_the_release_before(make):
     args = make(optim="adasam", sam_rho=0.0, sam_interval=2)
-    assert args.own_optimizer() == args.package_optimizer()
-    assert args.idle_arguments() == args.arguments_without_effect() == ["sam_interval=2"]
-    assert said(args.stock()) == said(args)
+    for name, instead, want in (
+        ("own_optimizer", "package_optimizer", args.package_optimizer()),
+        ("idle_arguments", "arguments_without_effect", ["sam_interval=2"]),
+        ("stock", "copy.copy", args),
+        ("resolved_betas", "adam_beta1", (0.9, 0.98)),
+        ("resolved_epsilon", "adam_epsilon", 1e-6),
+    ):
+        with pytest.warns(DeprecationWarning, match=rf"{name}.* use .*{re.escape(instead)}") as warned:
+            found = getattr(args, name)
+            found = found() if callable(found) else found
+        assert found == want and warned[0].filename == __file__
     assert make(sam_ascent_min_rows=1).arguments_without_effect() == ["sam_ascent_min_rows=1"]
 
 
@@ -638,12 +648,146 @@ def test_a_misspelt_optimizer(tmp_path, name):
         AdaSAMTrainingArguments(str(tmp_path), optim=name, use_cpu=True)
 
 
-def test_a_search_over_radii_that_begins_with_an_integer_keeps_the_others():
-    """Transformers sets each trial's value as ``type(old)(value)``."""
-    args = AdaSAMTrainingArguments("out", optim="adasam", use_cpu=True)
-    found = []
-    for value in (0, 0.05, 0.5):
-        old = args.sam_rho
-        args.sam_rho = value if old is None else type(old)(value)
-        found.append(args.sam_rho)
-    assert found == [0, 0.05, 0.5]
+# ---- attributes, and a search over them ----
+
+
+def searched(args, name, value):
+    """As a hyperparameter search of Transformers sets it: in the type of the value before."""
+    old = getattr(args, name)
+    setattr(args, name, value if old is None else type(old)(value))
+    return getattr(args, name)
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG, ids=repr)
+def test_an_attribute_is_refused_as_the_constructor_refuses_it(make, name, value):
+    args = make()
+    before = getattr(args, name)
+    with pytest.raises(ValueError) as at_construction:
+        make(**{name: value})
+    with pytest.raises(ValueError) as refused:
+        setattr(args, name, value)
+    assert str(refused.value) == str(at_construction.value)
+    assert getattr(args, name) == before
+
+
+@pytest.mark.parametrize(("name", "value", "want"), RIGHT, ids=repr)
+def test_an_attribute_is_read_as_the_constructor_reads_it(make, name, value, want):
+    args = make()
+    setattr(args, name, value)
+    assert getattr(args, name) == want and isinstance(getattr(args, name), type(want))
+
+
+def test_text_in_a_number_of_transformers(make):
+    args = make(learning_rate="1e-5")
+    args.weight_decay = "1e-2"
+    assert (args.learning_rate, args.weight_decay) == (1e-5, 0.01)
+    with pytest.raises(ValueError, match=r"^learning_rate='much' must be a number"):
+        args.learning_rate = "much"
+
+
+@pytest.mark.parametrize("name", ["sam_rho", "sam_ascent_fraction", "sam_end", "sgd_momentum"])
+def test_a_search_that_begins_with_an_integer_keeps_the_values_between(make, name):
+    args = make(optim="adasam")
+    first = 0 if name in ("sam_rho", "sgd_momentum") else 1
+    assert [searched(args, name, value) for value in (first, 0.05, 0.5)] == [first, 0.05, 0.5]
+
+
+@pytest.mark.parametrize("first", ["adamw_torch", "sgd", "adasam", "sgdm", None])
+def test_a_search_over_optimizers(make, first):
+    """Whichever of the two packages has the first name and the next ones; the enumeration alone would refuse ours."""
+    args = make() if first is None else make(optim=first)
+    for name in ("adasam", "adafactor", "sam", "amsgrad", OptimizerNames.ADAMW_TORCH):
+        assert searched(args, "optim", name) == name
+        want = ADASAM if name in ("adasam", "amsgrad") else STOCK
+        assert numbers(args) == want and args.resolved_rho == (0.05 if name in ("adasam", "sam") else 0)
+        assert type(args.to_dict()["optim"]) is str
+    with pytest.raises(ValueError, match="did you mean 'adasam'"):
+        searched(args, "optim", "adasm")
+    with pytest.raises(ValueError, match="not a valid OptimizerNames"):
+        OptimizerNames("adasam")
+
+
+def test_a_search_of_transformers(tmp_path):
+    optuna = pytest.importorskip("optuna", reason="optuna, of the extra `test`, is not installed")
+    names, seen = ["adasam", "adamw_torch", "sam"], []
+
+    class Seen(AdaSAMTrainer):
+        def train(self, *args, **kwargs):
+            self._hp_search_setup(kwargs["trial"])
+            seen.append((self.args.optim, self.args.resolved_rho))
+            self.objective = 0.0
+
+    args = AdaSAMTrainingArguments(str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True)
+    trainer = Seen(model_init=lambda: torch.nn.Linear(1, 1), args=args, train_dataset=[])
+    trainer.hyperparameter_search(
+        lambda trial: {"optim": trial.suggest_categorical("optim", names)},
+        n_trials=3,
+        backend="optuna",
+        sampler=optuna.samplers.GridSampler({"optim": names}, seed=0),
+    )
+    assert sorted(seen) == [("adamw_torch", 0.0), ("adasam", 0.05), ("sam", 0.05)]
+
+
+def test_attributes_are_checked_together_when_all_are_set(make):
+    """One after the other they may contradict each other for a while."""
+    args = make(sam_start=0.1, sam_end=0.2)
+    args.sam_start = 0.5
+    with pytest.raises(ValueError, match=r"sam_start=0.5 and sam_end=0.2"):
+        args.check_together()
+    args.sam_end = 0.9
+    args.check_together()
+
+
+@pytest.mark.parametrize("kind", [str, OptimizerNames])
+def test_names_that_were_saved_before(make, kind):
+    args = make(optim="adamw_torch")
+    vars(args)["optim"] = kind("adamw_torch")
+    again = pickle.loads(pickle.dumps(args))
+    assert searched(again, "optim", "adasam") == "adasam"
+
+
+# ---- the launcher's flags as defaults ----
+
+
+@pytest.fixture
+def flags():
+    yield set_launcher_defaults
+    set_launcher_defaults({})
+
+
+def test_flags_are_defaults_of_every_way_to_make_arguments(make, tmp_path, flags):
+    @dataclasses.dataclass(repr=False)
+    class Early(AdaSAMTrainingArguments):
+        sam_rho: float = 0.2
+
+    flags({"optim": "adasam", "sam_scope": "microbatch", "sam_rho": 0.1})
+    words = ["--output_dir", str(tmp_path), "--use_cpu", "--report_to=none"]
+
+    @dataclasses.dataclass(repr=False)
+    class Theirs(AdaSAMSeq2SeqTrainingArguments):
+        optim: str = dataclasses.field(default="adamw_torch")  # as many scripts have it
+        sam_rho: float = 0.3
+        mine: int = 1
+
+    for cls in (*CLASSES, Early, Theirs):
+        for args in (make(cls), HfArgumentParser(cls).parse_args_into_dataclasses(words)[0], cls(str(tmp_path))):
+            assert (args.optim, args.sam_scope, args.sam_rho) == ("adasam", "microbatch", 0.1)
+            assert numbers(args) == ADASAM and args.sam_interval == 1
+    assert make().arguments_without_effect() == ["sam_scope='microbatch'"]  # it was given, in another place
+    flags({"sam_interval": 2})
+    for cls, rho in ((AdaSAMTrainingArguments, None), (Early, 0.2)):
+        for args in (make(cls), HfArgumentParser(cls).parse_args_into_dataclasses(words)[0]):
+            assert (args.optim, args.sam_scope, args.sam_rho) == (TrainingArguments.optim, "batch", rho)
+            assert args.sam_interval == 2
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_value_wins_over_a_flag_also_where_it_is_the_default(make, tmp_path, flags, way):
+    stock = {"optim": TrainingArguments.optim, "sam_scope": "batch", "sam_interval": 1}
+    flags({"optim": "adasam", "sam_scope": "microbatch", "sam_interval": 3})
+    words = [f"--{name}={value}" for name, value in stock.items()]
+    (parsed,) = HfArgumentParser(AdaSAMTrainingArguments).parse_args_into_dataclasses(
+        [f"--output_dir={tmp_path}", *words]
+    )
+    for args in (make(**stock), parsed, WAYS[way](AdaSAMTrainingArguments, make(), tmp_path, **stock)):
+        assert {name: getattr(args, name) for name in stock} == stock
