@@ -121,8 +121,13 @@ def _entries(args: SharpnessAwareArgumentsMixin, used: Optimizer, rho: float) ->
         if args.world_size > 1:
             entries["sam_sync"] = not ascends_per_process(args)
         ascent = {"sam_direction": args.resolved_direction, "sam_ascent_fraction": args.resolved_ascent_fraction}
-        ascent |= {name: getattr(args, name) for name in ("sam_parameters", "sam_adaptive", "sam_reuse")}
-        usual = {"sam_direction": "gradient", "sam_ascent_fraction": 1.0, "sam_parameters": "all"}
+        ascent |= {name: getattr(args, name) for name in ("sam_parameters", "sam_adaptive", "sam_reuse", "sam_descent")}
+        usual = {
+            "sam_direction": "gradient",
+            "sam_ascent_fraction": 1.0,
+            "sam_parameters": "all",
+            "sam_descent": "loss",
+        }
         entries |= {name: value for name, value in ascent.items() if value != usual.get(name, False)}
         if args.sam_schedule != Schedule():
             entries["sam_schedule"] = args.sam_schedule

@@ -407,7 +407,7 @@ def test_flags_without_a_value_are_those_that_the_arguments_have():
     assert {name.removeprefix("no_") for name in SWITCHES} == switches
     assert {n for n in SWITCHES if n.startswith("no_")} == {f"no_{f.name}" for f in named if f.default is True}
     words = [f"--{name}" for name in SWITCHES]
-    assert read(words) == ({"sam_adaptive": True, "sam_reuse": True, "sam_sync": False}, [])
+    assert read(words) == ({"sam_adaptive": True, "sam_reuse": True, "sam_sync": False, "sam_cache_frozen": False}, [])
 
 
 def test_values_of_flags():

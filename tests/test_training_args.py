@@ -51,6 +51,8 @@ VALUES = {
     "sam_scope": "microbatch",
     "sam_sync": False,
     "sam_dropout": "fresh",
+    "sam_descent": "loss",  # the other one contradicts those below
+    "sam_cache_frozen": False,
     "sam_preset": "fast",
     "sam_direction": "gradient",
     "sam_adaptive": True,
