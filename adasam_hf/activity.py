@@ -19,6 +19,12 @@ def record(perturbed_steps: int) -> None:
     _add("perturbed_steps", perturbed_steps)
 
 
+def record_ascent() -> None:
+    """Note that weights have been perturbed, in whoever's training loop. Costs nothing after the first time."""
+    if not _here["ascents"]:
+        _add("ascents", 1)
+
+
 def record_radius_zero() -> None:
     """Note that somebody has asked for a training at radius 0."""
     _add("radius_zero", 1)

@@ -547,7 +547,11 @@ def fake_run(tmp_path, monkeypatch, exits, logs=None, seconds=0.0):
         time.sleep(seconds)
         code = left.pop(0)
         if code == 0:
-            content = {"metrics": {"train_runtime": 5.0, "eval_loss": 0.5}, "arguments": run.arguments, "axes": run.axes}
+            content = {
+                "metrics": {"train_runtime": 5.0, "eval_loss": 0.5},
+                "arguments": run.arguments,
+                "axes": run.axes,
+            }
             (run.folder / "record.json").write_text(json.dumps(content))
         return SimpleNamespace(returncode=code)
 
