@@ -3,10 +3,12 @@
 from abc import ABC, abstractmethod
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .kernels import check_moment
+from .kernels import shard
 
 
 def innermost(optimizer: Any) -> Any:
@@ -64,9 +66,27 @@ class Momentum(Direction):
         state = self.optimizer.state.get(p, {})
         moment = next((state[key] for key in self.KEYS if state.get(key) is not None), None)
         if moment is not None:
-            owner = type(innermost(self.optimizer))
-            check_moment(moment, p, f"{owner.__module__}.{owner.__qualname__}")
+            check_moment(moment, p, self.optimizer, "first")
         return moment
+
+
+def check_moment(moment: Tensor, p: Tensor, optimizer: Optimizer, which: str) -> None:
+    """Raise RuntimeError unless the `which` moment that `optimizer` keeps for `p` has a number for each of p's."""
+    part, whole = shard(moment), shard(p)
+    if moment.shape != p.shape or part.shape != whole.shape:
+        problem = f"of shape {tuple(moment.shape)} for a parameter of shape {tuple(p.shape)}"
+    elif not part.is_floating_point() or part.is_quantized or is_traceable_wrapper_subclass(part):
+        problem = f"as {type(part).__name__} of dtype {part.dtype}, which is quantized"
+    elif part.layout is not torch.strided:
+        problem = f"with layout {part.layout}"
+    else:
+        return
+    owner = type(innermost(optimizer))
+    raise RuntimeError(
+        f"{owner.__module__}.{owner.__qualname__} keeps its {which} moment {problem}, so it is of no use for the "
+        "direction of the ascent; use sam_direction='gradient' (or sam_preset='full'), or an optimizer with a full "
+        f"{which} moment such as adamw_torch"
+    )
 
 
 class PreviousAscent(Direction):

@@ -15,11 +15,12 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from .gradients import GradientRecord
 from .hyperparameters import check_epsilon, check_group
-from .kernels import have_fused, shard, split
+from .kernels import DEVICE, DTYPE, LAYOUT, have_fused, split
 from .perturbation import Perturbation
 
 Loss = TypeVar("Loss", Tensor, float)
-Row = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # parameter, gradient, and the state's m, v, v̂
+Row = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]  # parameter, gradient, the state's m, v, v̂ and step
+OPERANDS = 5  # of a row: those that an update reads or writes element by element
 
 STATE_KEYS = {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"}
 
@@ -165,6 +166,10 @@ class AdaSAM(Optimizer):
     def _has_gradient(self) -> bool:
         return any(p.grad is not None for p in self._parameters())
 
+    def _moves_weights(self) -> bool:
+        """Whether a step can; at rate 0 torch's distributed checkpoints take one, to have the state made."""
+        return any(group["lr"] > 0 for group in self.param_groups)
+
     def _refuse_shard(self) -> None:
         if self._is_shard:
             raise RuntimeError(
@@ -203,7 +208,7 @@ class AdaSAM(Optimizer):
         ascended_by, self._ascended_by = self._ascended_by, None
         if ascended_by is self._perturbation and not self._has_gradient():
             raise RuntimeError("no parameter has a gradient; call loss.backward() inside `with optimizer.perturbed():`")
-        if self.warn_without_ascent and any(self._radii) and self._has_gradient():
+        if self.warn_without_ascent and any(self._radii) and self._has_gradient() and self._moves_weights():
             self._warn_without_ascent()
         for group in self.param_groups:
             self._update(group)
@@ -246,37 +251,44 @@ class AdaSAM(Optimizer):
         )
 
     def _update(self, group: dict) -> None:
-        gradients = {p: p.grad for p in group["params"] if p.grad is not None}
-        if not gradients:
+        params = [p for p in group["params"] if p.grad is not None]
+        if not params:
             return
-        for dtype in {p.dtype for p in gradients}:  # model.half() may have come after the optimizer, or a checkpoint
+        for dtype in set(map(DTYPE, params)):  # model.half() may have come after the optimizer, or a checkpoint
             check_epsilon(group["eps"], dtype)
+        gradients = [p.grad for p in params]
+        if set(map(LAYOUT, gradients)) != {torch.strided}:
+            raise RuntimeError("AdaSAM does not support sparse gradients; use nn.Embedding(..., sparse=False)")
         # The update is elementwise, so that each shard of a sharded parameter needs no other.
-        together, apart = split([self._row(p, g, group["eps"]) for p, g in gradients.items()])
+        rows = [self._row(p, gradient, group["eps"]) for p, gradient in zip(params, gradients, strict=True)]
+        together, apart = split(rows, OPERANDS)
+        for row in apart:
+            _refuse_other_dtypes(row)
         fused, foreach = _implementation(group, together)
         _adam(together, group, fused, foreach)
         _adam(apart, group, False, False)
-        torch._foreach_add_([self.state[p]["step"] for p in gradients], 1)
+        _count([row[OPERANDS] for row in rows])
 
     def _row(self, p: Tensor, gradient: Tensor, eps: float) -> Row:
-        if gradient.is_sparse:
-            raise RuntimeError("AdaSAM does not support sparse gradients; use nn.Embedding(..., sparse=False)")
-        if not self.state[p]:
-            self.state[p] = _new_state(p, eps)
         state = self.state[p]
-        m, v, v_hat = state["exp_avg"], state["exp_avg_sq"], state["max_exp_avg_sq"]
-        if not gradient.dtype == m.dtype == p.dtype:
-            raise RuntimeError(
-                f"a parameter has dtype {p.dtype}, its gradient {gradient.dtype} and AdaSAM's state of it {m.dtype}; "
-                "change the model (as by model.half()) before AdaSAM is constructed"
-            )
-        return shard(p), shard(gradient), shard(m), shard(v), shard(v_hat)
+        if not state:
+            state = self.state[p] = _new_state(p, eps)
+        return p, gradient, state["exp_avg"], state["exp_avg_sq"], state["max_exp_avg_sq"], state["step"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Torch's has the state and the groups alone.
+        return {
+            **super().__getstate__(),
+            "_is_shard": self._is_shard,
+            "warn_without_ascent": self.warn_without_ascent,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch, after checking that AdaSAM wrote it.
+        """As in torch, after checking that AdaSAM wrote it; what its groups lack is as in this optimizer's defaults.
 
         Raises:
-            ValueError: for another optimizer's checkpoint, which would fail late or train something else.
+            ValueError: for another optimizer's checkpoint, which would fail late or train something else, and for a
+                value of another type or out of range.
         """
         foreign = [{"betas", "eps", "rho"} - set(group) for group in state_dict["param_groups"]]
         foreign += [STATE_KEYS - set(state) for state in state_dict["state"].values()]
@@ -285,7 +297,8 @@ class AdaSAM(Optimizer):
                 f"this optimizer state was not written by AdaSAM: it lacks {missing}. Load the model's weights "
                 "alone, or go on with the optimizer that wrote the checkpoint"
             )
-        super().load_state_dict(state_dict)
+        groups = [{**group, **check_group({**self.defaults, **group})} for group in state_dict["param_groups"]]
+        super().load_state_dict({**state_dict, "param_groups": groups})
 
 
 # ---- who calls ----
@@ -333,10 +346,26 @@ def _new_state(p: Tensor, eps: float) -> dict[str, Tensor]:
     }
 
 
+def _refuse_other_dtypes(row: Row) -> None:
+    p, gradient, m = row[:3]
+    if not gradient.dtype == m.dtype == p.dtype:
+        raise RuntimeError(
+            f"a parameter has dtype {p.dtype}, its gradient {gradient.dtype} and AdaSAM's state of it {m.dtype}; "
+            "change the model (as by model.half()) before AdaSAM is constructed"
+        )
+
+
+def _count(steps: list[Tensor]) -> None:
+    if all(step.is_cpu for step in steps):  # where a number would become a tensor for each of them once more
+        torch._foreach_add_(steps, [torch.ones(())] * len(steps))
+    else:
+        torch._foreach_add_(steps, 1)
+
+
 def _adam(rows: Sequence[Row], group: Mapping[str, Any], fused: bool, foreach: bool) -> None:
     if not rows:
         return
-    params, gradients, first_moments, second_moments, maxima = map(list, zip(*rows, strict=True))
+    params, gradients, first_moments, second_moments, maxima, _ = map(list, zip(*rows, strict=True))
     adam(
         params,
         gradients,
@@ -370,9 +399,6 @@ def _implementation(group: Mapping[str, Any], rows: Sequence[Row]) -> tuple[bool
 
 def _uncorrected_steps(params: list[Tensor], fused: bool) -> list[Tensor]:
     """Step counts so large that both of Adam's bias corrections, 1 - βᵗ, are exactly 1: the paper has none."""
-    steps: dict[torch.device, Tensor] = {}
-    for p in params:
-        device = p.device if fused else torch.device("cpu")
-        if device not in steps:
-            steps[device] = torch.full((), 1e30, dtype=torch.float32, device=device)
-    return [steps[p.device if fused else torch.device("cpu")] for p in params]
+    devices = list(map(DEVICE, params)) if fused else [torch.device("cpu")] * len(params)
+    steps = {device: torch.full((), 1e30, dtype=torch.float32, device=device) for device in set(devices)}
+    return [steps[device] for device in devices]

@@ -12,12 +12,15 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from . import activity
 from .directions import Direction, Gradient, innermost
 from .gradients import GradientRecord
 from .hyperparameters import check_radius
-from .kernels import HALF, add_along, check_vector, copy_of, dense_order, gradient_norm, shard, split
+from .kernels import HALF, add_along, check_vector, copies_of, copy_all, dense_order, gradient_norm, shard, split
 
 local = shard  # its name up to 0.1
+
+Row = tuple[Tensor, Tensor, Tensor]  # parameter, vector, saved copy
 
 ASAM_ETA = 0.01  # of the ASAM paper: weights near 0 are to move, too
 
@@ -111,27 +114,31 @@ class Perturbation:
         else:
             norm = gradient_norm(vectors)
 
-        moves: dict[float, list[Row]] = {}
+        moves: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
         for p, vector, radius in zip(params, vectors, radii, strict=True):
             if radius > 0:
-                moves.setdefault(radius, []).append((shard(p), shard(vector), self._buffer(p)))
-        parts = {radius: split(rows) for radius, rows in moves.items()}  # refuses before anything has changed
+                some_params, some_vectors = moves.setdefault(radius, ([], []))
+                some_params.append(p)
+                some_vectors.append(vector)
+        # Refuses before anything has changed.
+        parts = {radius: split(self._rows(*pair), operands=2) for radius, pair in moves.items()}
         rows = [row for together, apart in parts.values() for row in (*together, *apart)]
         moving, saved = [row[0] for row in rows], [row[2] for row in rows]
         self._refuse_fused_update(moving)
-        if moving:
-            torch._foreach_copy_(saved, moving)
+        copy_all(saved, moving)
         # Complete before the first change, so that an interrupt anywhere from here on can be undone.
         self._saved = (moving, saved)
         for radius, (together, apart) in parts.items():
             add_along(together, apart, direction.sign * radius, norm)
         self.moved = [p for p, radius in zip(params, radii, strict=True) if radius > 0]
         half = any(p.dtype in HALF for p in moving)
-        self.applied = _applied(moves, direction.sign, norm) if half else None
+        self.applied = _applied(parts, direction.sign, norm) if half else None
         if direction.first_pass:
             for p in self._trainable():
                 p.grad = None
         self._note_ascent()
+        if moving:
+            activity.record_ascent()
         # An enclosing autocast region would go on using its half-precision casts of the old weights.
         torch.clear_autocast_cache()
         return norm
@@ -142,8 +149,7 @@ class Perturbation:
         if self._saved is None:
             return
         moving, saved = self._saved
-        if moving:
-            torch._foreach_copy_(moving, saved)
+        copy_all(moving, saved)
         self._saved = None
         torch.clear_autocast_cache()
         self._forget_spent_gradients()
@@ -220,24 +226,26 @@ class Perturbation:
         params, vectors, per_parameter = zip(*found, strict=True)
         return list(params), list(vectors), list(per_parameter)
 
-    def _buffer(self, p: Tensor) -> Tensor:
-        buffer = self._buffers[p] = copy_of(self._buffers.get(p), shard(p))
-        return buffer
+    def _rows(self, params: list[Tensor], vectors: list[Tensor]) -> list[Row]:
+        """Of each parameter: itself, its vector, and a place for its copy."""
+        buffers = copies_of([self._buffers.get(p) for p in params], params)
+        self._buffers.update(zip(params, buffers, strict=True))
+        return list(zip(params, vectors, buffers, strict=True))
 
     def _refuse_fused_update(self, moving: list[Tensor]) -> None:
         """Torch's own fused optimizers would write beside a slice after we have been careful not to."""
-        if all(dense_order(p) is not None for p in moving):
-            return
         optimizer = innermost(self.optimizer)
         if not type(optimizer).__module__.startswith("torch.optim."):
+            return
+        if all(dense_order(p) is not None for p in moving):
             return
         for group in optimizer.param_groups:
             for p in group["params"]:
                 if group.get("fused") and dense_order(shard(p)) is None:
                     raise RuntimeError(
                         f"{type(optimizer).__name__} with fused=True ignores the strides of a parameter of shape "
-                        f"{tuple(p.shape)} that is a slice of another tensor, and would write beside it; "
-                        "set fused=False (optim='adamw_torch'), or make the parameter contiguous"
+                        f"{tuple(p.shape)} that is a slice, or a negated view, of another tensor, and would write "
+                        "beside it; set fused=False (optim='adamw_torch'), or make the parameter contiguous"
                     )
 
     # ---- what is known of the optimizer's steps ----
@@ -271,9 +279,6 @@ class Perturbation:
             self._spent = None
 
 
-Row = tuple[Tensor, Tensor, Tensor]  # parameter, vector, saved copy
-
-
 def _relative_to_weights(params: list[Tensor], vectors: list[Tensor]) -> tuple[list[Tensor], Tensor]:
     """(T²s, ‖Ts‖₂) for the vectors s, with T = |w| + 0.01."""
     sizes = [p.abs().add_(ASAM_ETA) for p in params]
@@ -283,12 +288,12 @@ def _relative_to_weights(params: list[Tensor], vectors: list[Tensor]) -> tuple[l
     return scaled, norm
 
 
-def _applied(moves: Mapping[float, list[Row]], sign: float, norm: Tensor) -> Tensor:
+def _applied(parts: Mapping[float, tuple[list[Row], list[Row]]], sign: float, norm: Tensor) -> Tensor:
     """⟨δ', δ⟩/‖δ‖² with δ' = what the parameters moved by and δ = radius · vector / norm."""
     wide = torch.float64 if norm.device.type == "cpu" else torch.float32
     moved = wanted = torch.zeros((), dtype=wide, device=norm.device)
-    for radius, rows in moves.items():
-        for p, vector, before in rows:
+    for radius, (together, apart) in parts.items():
+        for p, vector, before in (*together, *apart):
             delta = vector.float() * (sign * radius / norm).to(vector.device)
             moved = moved + ((p.float() - before.float()) * delta).sum().to(norm.device)
             wanted = wanted + delta.square().sum().to(norm.device)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from oracle import FAULTS, Oracle
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.optim.adam import adam
 
 from adasam_hf import AdaSAM
@@ -466,3 +467,112 @@ def test_a_step_whose_second_pass_left_no_gradient():
     (w**2).sum().backward()
     optimizer.step()
     assert not torch.equal(w, torch.ones(3))
+
+
+def trained(optimizer, p, steps):
+    for _ in range(steps):
+        p.grad = torch.sin(3 * p.detach()) + 0.1
+        optimizer.step()
+    return p.detach()
+
+
+@pytest.mark.parametrize("rate", [0.1, torch.tensor(0.1)])
+def test_state_that_is_initialized_by_a_step_at_rate_zero_is_no_training(rate, recwarn):
+    """As torch's distributed checkpoints do it."""
+    model = nn.Linear(3, 1)
+    optimizer = AdaSAM(model.parameters(), lr=rate, rho=0.1)
+    before = [p.detach().clone() for p in model.parameters()]
+    get_optimizer_state_dict(model, optimizer)
+    assert optimizer.state and all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert not [w for w in recwarn if "no ascent" in str(w.message)]
+    model(torch.ones(1, 3)).sum().backward()
+    with pytest.warns(UserWarning, match="no ascent has come before"):  # the control: a real one still warns
+        optimizer.step()
+
+
+def test_a_loaded_group_is_filled_in_and_checked():
+    p, q = (nn.Parameter(torch.linspace(-1, 1, 5, dtype=torch.float64)) for _ in range(2))
+    saved, loaded = AdaSAM([p], lr=0.1, rho=0.0, betas=(0.5, 0.7)), AdaSAM([q], lr=0.3, rho=0.0)
+    trained(saved, p, 1)
+    q.data.copy_(p)
+    state = copy.deepcopy(saved.state_dict())
+    for key in ("foreach", "fused", "weight_decay"):  # an older version may have had none of them
+        del state["param_groups"][0][key]
+    loaded.load_state_dict(state)
+    assert torch.equal(trained(loaded, q, 2), trained(saved, p, 2))
+    assert loaded.param_groups[0]["fused"] is None and loaded.param_groups[0]["lr"] == 0.1
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("lr", "1e-3"),
+        ("lr", -1.0),
+        ("betas", (0.9, 1.0)),
+        ("eps", 0.0),
+        ("rho", "0.05"),
+        ("rho", -1.0),
+        ("fused", "yes"),
+    ],
+)
+def test_a_loaded_group_with_a_bad_value_is_refused(name, value):
+    p = nn.Parameter(torch.ones(2))
+    optimizer = AdaSAM([p], rho=0.0)
+    good = optimizer.state_dict()
+    bad = {**good, "param_groups": [{**good["param_groups"][0], name: value}]}
+    with pytest.raises(ValueError, match=f"^{name}=") as error:
+        optimizer.load_state_dict(bad)
+    assert repr(value) in str(error.value) and "\n" not in str(error.value)
+    assert optimizer.state_dict() == good
+    optimizer.load_state_dict(good)
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda optimizer: pickle.loads(pickle.dumps(optimizer))])
+def test_a_copy_knows_what_the_optimizer_knew(again):
+    """A shard of ZeroRedundancyOptimizer stays one, and the warning stays off where it was switched off."""
+    p = nn.Parameter(torch.ones(2))
+    optimizer = AdaSAM([p])
+    assert again(optimizer).warn_without_ascent
+    optimizer._is_shard, optimizer.warn_without_ascent = True, False  # as inside it; see distributed/zero.py
+    copied = again(optimizer)
+    assert not copied.warn_without_ascent
+    copied.param_groups[0]["params"][0].grad = torch.ones(2)
+    with pytest.raises(RuntimeError, match="ZeroRedundancyOptimizer gives AdaSAM a shard"):
+        copied.ascend()
+
+
+def negated(t):
+    """The same numbers, their negatives lying in memory."""
+    return torch._neg_view(-t)
+
+
+def imaginary(t):
+    """The same numbers, as a lazily negated view of complex memory."""
+    return torch.complex(torch.full_like(t, 7.0), -t).conj().imag
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("lazy", [negated, imaginary])
+@pytest.mark.parametrize("which", ["parameter", "gradient", "both"])
+def test_lazily_negated_tensors(name, lazy, which):
+    def run(make_parameter, make_gradient):
+        p, q = nn.Parameter(make_parameter(torch.linspace(-1, 1, 6))), nn.Parameter(torch.ones(3))
+        optimizer = AdaSAM([p, q], lr=0.1, rho=0.3, **IMPLEMENTATIONS[name])
+        seen = []
+        for _ in range(3):
+            for weights in (p, q):
+                weights.grad = make_gradient(torch.sin(3 * weights.detach()) + 0.1)
+            before = p.detach().clone()
+            with optimizer.perturbed():
+                seen.append(p.detach().clone())
+                for weights in (p, q):
+                    weights.grad = make_gradient(torch.sin(3 * weights.detach()) + 0.1)
+            assert torch.equal(p.detach(), before)
+            optimizer.step()
+            seen.append(p.detach().clone())
+        return torch.stack(seen)
+
+    got = run(lazy if which != "gradient" else torch.clone, lazy if which != "parameter" else torch.clone)
+    wanted = run(torch.clone, torch.clone)
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-6)
+    assert (wanted[0] - torch.linspace(-1, 1, 6)).abs().max() > 0.1  # a move the other way would be seen

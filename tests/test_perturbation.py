@@ -2,6 +2,7 @@ import signal
 import threading
 import time
 import weakref
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from oracle import Oracle
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from adasam_hf import AdaSAM, Perturbation, kernels
+from adasam_hf import AdaSAM, Perturbation, activity, kernels
 from adasam_hf.directions import Gradient, Last, Momentum, PreviousAscent
 
 OPTIMIZERS = {
@@ -501,3 +502,33 @@ def test_nothing_stays_behind():
     handle.release()
     assert len(optimizer._optimizer_step_post_hooks) == 1  # of the first one
     assert not any(p._backward_hooks for p in list(model.parameters())[1:])
+
+
+@pytest.mark.parametrize("how", ["closure", "by hand", "another optimizer"])
+def test_an_ascent_in_a_loop_of_ones_own_is_recorded(how, monkeypatch):
+    """So that the launcher does not end with the words that nothing was sharpness-aware."""
+    monkeypatch.setattr(activity, "_here", Counter())
+    w = nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([w], lr=0.1) if how == "another optimizer" else AdaSAM([w], rho=0.1)
+    perturbation = Perturbation(optimizer)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = w.square().sum()
+        loss.backward()
+        return loss
+
+    closure()
+    with perturbation.perturbed(0.0):  # the control: nothing has moved
+        closure()
+    optimizer.step()
+    assert not activity.totals()["ascents"]
+    for _ in range(2):
+        if how == "closure":
+            optimizer.step(closure)
+        else:
+            closure()
+            with perturbation.perturbed(0.1):
+                closure()
+            optimizer.step()
+    assert activity.totals()["ascents"] == 1
