@@ -9,7 +9,6 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import activity
 from .directions import DIRECTIONS, DirectionName, innermost
 from .hyperparameters import check_radius
 from .metrics import SKIPPED, StepMetrics, loss_scale
@@ -116,7 +115,6 @@ class SharpnessAwareLoop:
         self._open: _OpenWindow | None = None  # its micro-batches, if they are to have a second pass together
         self._closed: _OpenWindow | None = None  # those of the step before, until an update has taken their gradients
         self._updated = False  # whether there has been an update
-        self._recorded = False  # whether the launcher knows of a sharpness-aware training
         self._optimizer.register_step_pre_hook(lambda *_: self._before_update())
         self._optimizer.register_step_post_hook(lambda *_: self._after_update())
 
@@ -245,9 +243,6 @@ class SharpnessAwareLoop:
     def _note_planned(self, plan: StepPlan) -> None:
         if plan.perturbs:
             self._step.metrics.plan(max(plan.radii))
-            if not self._recorded:
-                self._recorded = True
-                activity.record(1)
 
     def _close(self) -> None:
         self._closed, self._open, self._plan = self._open, None, None
