@@ -1,0 +1,103 @@
+"""adasam: sharpness-aware fine-tuning (AdaSAM, arXiv:2303.00565) for the Hugging Face Trainer.
+
+    adasam [FLAGS] SCRIPT [ARGUMENTS]        an unmodified training script with sharpness-aware trainers
+    adasam [FLAGS] -m MODULE [ARGUMENTS]     the same for a module
+    adasam [--debug] COMMAND [ARGUMENTS]     one of the commands below
+
+    adasam run_clm.py --optim adasam --sam_rho 0.05 ...
+    adasam --optim adasam -m package.module ...
+    torchrun --nproc_per_node 2 -m adasam_hf run_clm.py --optim adasam ...
+    accelerate launch -m adasam_hf run_clm.py --optim adasam ...
+
+The script, or with -m the module, is run as python would run it, with the Trainer, Seq2SeqTrainer, TrainingArguments
+and Seq2SeqTrainingArguments of Transformers replaced by their sharpness-aware forms (adasam_hf.patch), here and in the
+Python processes that it starts. Its arguments, exit code and traceback are its own; SCRIPT --help shows the new
+arguments too, if it parses TrainingArguments. For a script that does not, give --optim and --sam_… before its name:
+they become the defaults of all its TrainingArguments.
+"""
+
+import difflib
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import NoReturn
+
+from .command_line import USER_ERRORS, fail
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command: the module whose `main` takes its arguments, and what it does."""
+
+    module: str
+    summary: str
+
+
+COMMANDS = {
+    "quickstart": Command("quickstart", "AdaSAM beside AMSGrad on real sentences, in a few minutes on a CPU"),
+    "glue": Command("glue.command", "fine-tune a classifier on a GLUE task or on your own sentences"),
+    "sweep": Command("glue.sweep.command", "do a grid of such runs from one file"),
+    "report": Command("glue.report.command", "make the report on the records of sweeps"),
+    "power": Command("glue.report.power", "how many seeds a paired test needs to see a gain"),
+    "submit": Command("glue.submission", "make the zip that the GLUE leaderboard takes"),
+    "landscape": Command("benchmarks.landscape", "draw the loss around the weights of checkpoints"),
+    "benchmark": Command("benchmarks.command", "measure what a step costs, or what each mode keeps of AdaSAM"),
+    "env": Command("environment", "print versions and devices for a bug report"),
+}
+"""A script whose name is that of a command is given with a folder: ./sweep."""
+
+
+def usage() -> str:
+    """What `adasam --help` prints."""
+    lines = [f"    {name:<12}{command.summary}" for name, command in COMMANDS.items()]
+    after = (
+        "`adasam COMMAND --help` has an example of each; `adasam --debug COMMAND …` shows the traceback of an error."
+    )
+    return "\n".join([__doc__ or "", "Commands:", "", *lines, "", after])
+
+
+def run_command(name: str, argv: Sequence[str] | None = None, debug: bool = False) -> int:
+    """Do one command, and return its exit code. Input that it cannot use is one line on stderr and the code 2.
+
+    argv: its arguments; those of this process if None.
+    debug: let errors through.
+    """
+    try:
+        main = import_module(f".{COMMANDS[name].module}", __package__).main
+        return int(main(sys.argv[1:] if argv is None else argv))
+    except USER_ERRORS as error:
+        if debug:
+            raise
+        return fail(name, error)
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        return 130
+
+
+def main() -> NoReturn:
+    """`adasam`, and `python -m adasam_hf`."""
+    words = sys.argv[1:]
+    debug = words[:1] == ["--debug"]
+    first = words[debug] if len(words) > debug else ""
+    if first in COMMANDS:
+        raise SystemExit(run_command(first, words[debug + 1 :], debug))
+    if debug or (_is_bare(first) and not os.path.exists(first)):
+        raise SystemExit(_refuse(first))
+    from .launcher import main as launch
+
+    launch(usage())
+    raise SystemExit(0)
+
+
+def _is_bare(word: str) -> bool:
+    return bool(word) and not word.startswith("-") and os.path.basename(word) == word and not word.endswith(".py")
+
+
+def _refuse(word: str) -> int:
+    similar = difflib.get_close_matches(word, COMMANDS, n=1)
+    meant = f"; did you mean {similar[0]}?" if similar else ""
+    print(f"adasam: {word!r} is neither a command ({', '.join(COMMANDS)}) nor a script{meant}", file=sys.stderr)
+    return 2

@@ -1,0 +1,40 @@
+"""What the commands of `adasam` have in common: how they parse, and what a person reads when something is wrong."""
+
+import argparse
+import sys
+from typing import NoReturn
+
+EXTRAS = {"matplotlib": "report", "ray": "ray", "pytorch_optimizer": "benchmark", "temperon": "benchmark"}
+"""Packages that only some commands need → the extra of adasam_hf that installs them."""
+# What a command raises for input that it cannot use; everything else is a defect, and has its traceback.
+USER_ERRORS = (ValueError, OSError, NotImplementedError, ModuleNotFoundError)
+
+
+class CommandParser(argparse.ArgumentParser):
+    """The parser of `adasam NAME`. It raises `ValueError` for a wrong command line."""
+
+    def __init__(self, name: str, description: str) -> None:
+        super().__init__(
+            prog=f"adasam {name}",
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; see {self.prog} --help")
+
+
+def sentence(error: BaseException) -> str:
+    """An error in one line, for a person who does not know the code."""
+    if isinstance(error, ModuleNotFoundError) and (package := (error.name or "").partition(".")[0]) in EXTRAS:
+        return f"the package {package} is not installed; pip install 'adasam_hf[{EXTRAS[package]}]'"
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{str(error.filename)!r}: {error.strerror}; give another path"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def fail(name: str, error: BaseException) -> int:
+    """Print the error in one line, and return the exit code of a wrong command."""
+    print(f"adasam {name}: {sentence(error)}", file=sys.stderr)
+    return 2
