@@ -3,6 +3,7 @@
 import configparser
 import importlib.util
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -10,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import load_script
 from test_glue_data import snapshot
 
 import adasam_hf
@@ -110,7 +110,7 @@ def flags_of(script: str, capsys, monkeypatch) -> str:
     """What its --help says."""
     monkeypatch.setattr(sys, "argv", [script, "--help"])
     with pytest.raises(SystemExit):
-        load_script(Path(script).stem).main()
+        runpy.run_path(str(ROOT / script), run_name="__main__")
     return capsys.readouterr().out
 
 
@@ -147,7 +147,6 @@ def check(words: list[str], capsys, monkeypatch) -> None:
 @pytest.mark.parametrize("page", [page for page, text in PAGES.items() if blocks(text, "bash")])
 def test_commands(page, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
-    monkeypatch.syspath_prepend(ROOT / "scripts")  # where a script finds its neighbours
     found = commands(PAGES[page])
     assert found
     for words in found:
