@@ -1,11 +1,22 @@
-"""adasam: sharpness-aware fine-tuning (AdaSAM, arXiv:2303.00565) for the Hugging Face Trainer.
+"""The command `adasam`: the launcher of training scripts, and the commands of this package."""
 
-    adasam [FLAGS] SCRIPT [ARGUMENTS]        an unmodified training script with sharpness-aware trainers
-    adasam [FLAGS] -m MODULE [ARGUMENTS]     the same for a module
-    adasam [--debug] COMMAND [ARGUMENTS]     one of the commands below
+import difflib
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
 
-    adasam run_clm.py --optim adasam --sam_rho 0.05 ...
-    adasam --optim adasam -m package.module ...
+from .console import USER_ERRORS, refuse, sentence
+
+USAGE = """{program}: sharpness-aware fine-tuning (AdaSAM, arXiv:2303.00565) for the Hugging Face Trainer.
+
+    {program} [FLAGS] SCRIPT [ARGUMENTS]        an unmodified training script with sharpness-aware trainers
+    {program} [FLAGS] -m MODULE [ARGUMENTS]     the same for a module
+    {program} [--debug] COMMAND [ARGUMENTS]     one of the commands below
+
+    {program} run_clm.py --optim adasam --sam_rho 0.05 ...
+    {program} --optim adasam -m package.module ...
     torchrun --nproc_per_node 2 -m adasam_hf run_clm.py --optim adasam ...
     accelerate launch -m adasam_hf run_clm.py --optim adasam ...
 
@@ -14,17 +25,14 @@ and Seq2SeqTrainingArguments of Transformers replaced by their sharpness-aware f
 Python processes that it starts. Its arguments, exit code and traceback are its own; SCRIPT --help shows the new
 arguments too, if it parses TrainingArguments. For a script that does not, give --optim and --sam_… before its name:
 they become the defaults of all its TrainingArguments.
+
+Commands:
+
+{commands}
+
+`{program} COMMAND --help` has an example of each; `{program} --debug COMMAND …` shows the traceback of an error.
+A script whose name is that of a command is given with its folder or suffix: ./sweep, sweep.py.
 """
-
-import difflib
-import os
-import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
-from importlib import import_module
-from typing import NoReturn
-
-from .command_line import USER_ERRORS, fail
 
 
 @dataclass(frozen=True)
@@ -46,16 +54,12 @@ COMMANDS = {
     "benchmark": Command("benchmarks.command", "measure what a step costs, or what each mode keeps of AdaSAM"),
     "env": Command("environment", "print versions and devices for a bug report"),
 }
-"""A script whose name is that of a command is given with a folder: ./sweep."""
 
 
-def usage() -> str:
-    """What `adasam --help` prints."""
-    lines = [f"    {name:<12}{command.summary}" for name, command in COMMANDS.items()]
-    after = (
-        "`adasam COMMAND --help` has an example of each; `adasam --debug COMMAND …` shows the traceback of an error."
-    )
-    return "\n".join([__doc__ or "", "Commands:", "", *lines, "", after])
+def usage(program: str) -> str:
+    """What --help prints."""
+    commands = "\n".join(f"    {name:<12}{command.summary}" for name, command in COMMANDS.items())
+    return USAGE.format(program=program, commands=commands)
 
 
 def run_command(name: str, argv: Sequence[str] | None = None, debug: bool = False) -> int:
@@ -70,34 +74,34 @@ def run_command(name: str, argv: Sequence[str] | None = None, debug: bool = Fals
     except USER_ERRORS as error:
         if debug:
             raise
-        return fail(name, error)
+        return refuse(f"adasam {name}", sentence(error))
     except KeyboardInterrupt:
         if debug:
             raise
         return 130
 
 
-def main() -> NoReturn:
-    """`adasam`, and `python -m adasam_hf`."""
+def main(program: str = "adasam") -> None:
+    """`adasam`, and `python -m adasam_hf`.
+
+    program: the name that the help and the launcher's messages begin with.
+    """
     words = sys.argv[1:]
     debug = words[:1] == ["--debug"]
     first = words[debug] if len(words) > debug else ""
     if first in COMMANDS:
         raise SystemExit(run_command(first, words[debug + 1 :], debug))
-    if debug or (_is_bare(first) and not os.path.exists(first)):
-        raise SystemExit(_refuse(first))
+    if debug:
+        raise SystemExit(refuse(program, "--debug is for a command, and comes right before its name"))
+    if _is_bare(first) and not os.path.exists(first):
+        similar = difflib.get_close_matches(first, COMMANDS, n=1)
+        meant = f"; did you mean {similar[0]}?" if similar else ""
+        message = f"{first!r} is neither a command ({', '.join(COMMANDS)}) nor a script{meant}"
+        raise SystemExit(refuse(program, message))
     from .launcher import main as launch
 
-    launch(usage())
-    raise SystemExit(0)
+    launch(usage(program))
 
 
 def _is_bare(word: str) -> bool:
     return bool(word) and not word.startswith("-") and os.path.basename(word) == word and not word.endswith(".py")
-
-
-def _refuse(word: str) -> int:
-    similar = difflib.get_close_matches(word, COMMANDS, n=1)
-    meant = f"; did you mean {similar[0]}?" if similar else ""
-    print(f"adasam: {word!r} is neither a command ({', '.join(COMMANDS)}) nor a script{meant}", file=sys.stderr)
-    return 2

@@ -4,7 +4,7 @@ import platform
 from collections.abc import Sequence
 from importlib import metadata
 
-from .command_line import CommandParser
+from .console import CommandParser
 
 DESCRIPTION = """Print versions and devices for a bug report, without paths, names of machines, or settings.
 

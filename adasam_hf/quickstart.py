@@ -11,7 +11,7 @@ from typing import Any, TypeAlias, cast
 
 import torch
 
-from .command_line import CommandParser
+from .console import CommandParser
 from .glue.configs import find_config
 from .glue.metrics import Evaluation, merged
 from .glue.record import provenance, write_json

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from ..command_line import CommandParser
+from ..console import CommandParser
 
 DESCRIPTION = """Measure AdaSAM beside its peers.
 

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias, cast
 import torch
 from transformers.trainer_utils import TrainOutput
 
-from ..command_line import CommandParser
+from ..console import CommandParser
 from ..glue.record import provenance, write_json
 from ..glue.report.statistics import interval
 from ..glue.run import main as run_glue

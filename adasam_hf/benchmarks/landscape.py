@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..command_line import CommandParser
+from ..console import CommandParser
 from ..glue.data import load_files, load_task, resolve_path
 from ..glue.record import provenance, write_json
 from ..glue.tasks import TASKS, get_task

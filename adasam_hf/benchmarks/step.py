@@ -17,7 +17,7 @@ from typing import Any
 
 from transformers.utils import logging
 
-from ..command_line import CommandParser
+from ..console import CommandParser
 from ..glue.configs import PACKAGE
 from ..glue.record import provenance, write_json
 from .contenders import BASE, MODES, PEERS, SIZES, build, build_batches, build_model, through_trainer

@@ -5,7 +5,7 @@ import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from ..command_line import CommandParser
+from ..console import CommandParser
 from .configs import read_text
 from .tasks import TASKS, Task, get_task
 

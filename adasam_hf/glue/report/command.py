@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from ...command_line import CommandParser
+from ...console import CommandParser
 from .claims import RULES
 
 DESCRIPTION = f"""Make the report on the records of sweeps: tables, pictures, and a verdict on each claim of the paper.

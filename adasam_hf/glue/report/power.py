@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from ...command_line import CommandParser
+from ...console import CommandParser
 from .records import calibration, cross_entropy, read, score
 from .statistics import pairs_for, power
 from .tables import markdown

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ...command_line import CommandParser
+from ...console import CommandParser
 from ..configs import PACKAGE, find_config
 
 DESCRIPTION = """Do a grid of fine-tuning runs: choose rates and radii on held-out rows, then run every seed.

@@ -34,7 +34,7 @@ def sentence(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def fail(name: str, error: BaseException) -> int:
-    """Print the error in one line, and return the exit code of a wrong command."""
-    print(f"adasam {name}: {sentence(error)}", file=sys.stderr)
+def refuse(program: str, message: str) -> int:
+    """Print one line on stderr. Returns the exit code of a wrong command line."""
+    print(f"{program}: {message}", file=sys.stderr)
     return 2
