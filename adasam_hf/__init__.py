@@ -1,13 +1,9 @@
 """AdaSAM (arXiv:2303.00565) for the Hugging Face Trainer. Names are loaded when they are first used."""
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
-try:
-    __version__ = version(__name__)
-except PackageNotFoundError:  # run from a clone that is not installed
-    __version__ = "0.0.0"
+from ._version import __version__
 
 _HOME = {
     "AdaSAM": "optim",
