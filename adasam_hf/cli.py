@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 
-from .console import USER_ERRORS, refuse, sentence
+from .console import is_mistake, refuse, sentence
 
 USAGE = """{program}: sharpness-aware fine-tuning (AdaSAM, arXiv:2303.00565) for the Hugging Face Trainer.
 
@@ -71,8 +71,8 @@ def run_command(name: str, argv: Sequence[str] | None = None, debug: bool = Fals
     try:
         main = import_module(f".{COMMANDS[name].module}", __package__).main
         return int(main(sys.argv[1:] if argv is None else argv))
-    except USER_ERRORS as error:
-        if debug:
+    except Exception as error:
+        if debug or not is_mistake(error):
             raise
         return refuse(f"adasam {name}", sentence(error))
     except KeyboardInterrupt:

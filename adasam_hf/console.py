@@ -6,8 +6,6 @@ from typing import NoReturn
 
 EXTRAS = {"matplotlib": "report", "ray": "ray", "pytorch_optimizer": "benchmark", "temperon": "benchmark"}
 """Packages that only some commands need → the extra of adasam_hf that installs them."""
-# What a command raises for input that it cannot use; everything else is a defect, and has its traceback.
-USER_ERRORS = (ValueError, OSError, NotImplementedError, ModuleNotFoundError)
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -25,10 +23,21 @@ class CommandParser(argparse.ArgumentParser):
         raise ValueError(f"{message}; see {self.prog} --help")
 
 
+def is_mistake(error: BaseException) -> bool:
+    """Whether a command raises this for input that it cannot use. Everything else is a defect, and has its traceback."""
+    return isinstance(error, ValueError | OSError | NotImplementedError) or _extra(error) is not None
+
+
+def _extra(error: BaseException) -> tuple[str, str] | None:
+    """The package that is missing, and the extra that installs it."""
+    package = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+    return (package, EXTRAS[package]) if package in EXTRAS else None
+
+
 def sentence(error: BaseException) -> str:
     """An error in one line, for a person who does not know the code."""
-    if isinstance(error, ModuleNotFoundError) and (package := (error.name or "").partition(".")[0]) in EXTRAS:
-        return f"the package {package} is not installed; pip install 'adasam_hf[{EXTRAS[package]}]'"
+    if (missing := _extra(error)) is not None:
+        return f"the package {missing[0]} is not installed; pip install 'adasam_hf[{missing[1]}]'"
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{str(error.filename)!r}: {error.strerror}; give another path"
     return " ".join(str(error).split()) or type(error).__name__

@@ -145,10 +145,10 @@ def environment(folder: Path) -> Path:
 
 SWEEP = """
 output_dir: found
-configs: [configs/optim/{method}.yaml]
-arguments: {model_name_or_path: %s, do_train: true, do_eval: true, max_steps: 2, learning_rate: 1e-3,
+configs: ["configs/optim/{method}.yaml"]
+arguments: {model_name_or_path: "%s", do_train: true, do_eval: true, max_steps: 2, learning_rate: 1e-3,
             per_device_train_batch_size: 4, logging_steps: 1, report_to: none, save_strategy: "no"}
-tasks: {mine: {train_file: %s, validation_file: %s, max_train_samples: 8}}
+tasks: {mine: {train_file: "%s", validation_file: "%s", max_train_samples: 8}}
 axes: {task_name: [mine], method: [amsgrad, adasam], seed: [1]}
 """
 

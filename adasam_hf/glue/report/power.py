@@ -67,8 +67,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if (args.folder is None) == (args.spread is None):
         parser.error("give a folder of records, or --spread")
-    if min(args.comparisons, args.tasks) < 1 or min(map(abs, args.gain)) == 0 or (args.spread or 1) <= 0:
-        parser.error("--comparisons, --tasks and --spread must be above 0, and no --gain may be 0")
+    if min(args.comparisons, args.tasks) < 1 or (args.spread is not None and not 0 < args.spread < math.inf):
+        parser.error("--comparisons, --tasks and --spread must be finite and above 0")
+    if not all(math.isfinite(gain) and gain for gain in args.gain):
+        parser.error(f"--gain={args.gain} must be finite numbers other than 0")
     one, other = args.methods
     found = {"given": (0, args.spread)} if args.folder is None else spreads(args.folder, one, other, args.value)
     if not found:
