@@ -24,7 +24,7 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def is_mistake(error: BaseException) -> bool:
-    """Whether a command raises this for input that it cannot use. Everything else is a defect, and has its traceback."""
+    """Whether a command raises this for input that it cannot use. All else is a defect, and has its traceback."""
     return isinstance(error, ValueError | OSError | NotImplementedError) or _extra(error) is not None
 
 

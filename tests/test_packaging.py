@@ -15,6 +15,7 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+import yaml
 
 import adasam_hf
 from adasam_hf.console import EXTRAS
@@ -91,6 +92,24 @@ def test_the_packages_of_setup_cfg_are_all():
     listed = set(read_setup()["options"]["packages"].split()) - {"adasam_hf.configs"}
     folders = {path.parent.relative_to(ROOT) for path in (ROOT / "adasam_hf").rglob("__init__.py")}
     assert listed == {".".join(folder.parts) for folder in folders}
+
+
+def test_the_version_is_said_in_one_more_place():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == adasam_hf.__version__
+    assert re.search(r"^version = attr: adasam_hf\._version\.", (ROOT / "setup.cfg").read_text(), re.MULTILINE)
+
+
+def test_requirements_are_floors():
+    """What is overridden in Transformers is checked where it is used; a newer one is not refused by its number."""
+    lines = read_setup()["options"]["install_requires"].split()
+    assert {"torch>=2.8", "transformers>=5.10", "accelerate>=1.12"} <= set(lines)
+    assert not any(sign in line for line in lines for sign in ("<", "==", "~="))
+
+
+def test_make_smoke_runs_files_that_are_there():
+    (names,) = re.findall(r"^SMOKE = \$\(addprefix tests/test_,(.+)\)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert all((ROOT / "tests" / f"test_{name}").is_file() for name in names.split()) and len(names.split()) > 3
 
 
 def test_scripts_only_call_commands():
