@@ -28,6 +28,8 @@ ORDER = [
     "Model features",
     "Data and loop",
     "Cheap ascents",
+    "Cost",
+    "Descent",
     "Combinations",
     "Interruption",
     "Trainer behaviour",
