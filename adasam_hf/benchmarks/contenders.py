@@ -44,8 +44,13 @@ MODES: dict[str, dict[str, Any]] = {
         "sam_ascent_fraction": 0.25,
     },
     "AdaSAM, along the momentum": {"optim": "adasam", "sam_direction": "momentum"},
+    "AdaSAM, functional": {"optim": "adasam", "sam_descent": "functional"},
 }
 """Name → arguments of the trainer."""
+TWICE = "AdaSAM, frozen layers run twice"
+FROZEN_MODES = {name: MODES[name] for name in ("AdaSAM", "AdaSAM, functional")}
+FROZEN_MODES[TWICE] = {"optim": "adasam", "sam_cache_frozen": False}
+"""Those that are compared where a part of the model is frozen."""
 BASE = "AdamW (fused)"
 RHO = 0.05
 
@@ -69,6 +74,30 @@ def build_model(name: str) -> PreTrainedModel:
     )
     model = AutoModelForSequenceClassification.from_config(config)
     return model.train()
+
+
+FREEZES = ("half", "all but the top layer", "all but the head", "lora")
+
+
+def freeze(model: PreTrainedModel, what: str) -> nn.Module:
+    """Leave only a part of `model` trainable: a BERT, or one of its family.
+
+    Frozen are the lower ``half`` of the layers, ``all but the top layer``, ``all but the head`` (the encoder), or, with
+    ``lora``, all weights, beside adapters of rank 8 at queries and values of the upper third of the layers.
+    """
+    base: Any = model.base_model
+    layers = base.encoder.layer
+    if what == "lora":
+        from peft import LoraConfig, get_peft_model
+
+        upper = list(range(len(layers) - len(layers) // 3, len(layers)))
+        config = LoraConfig("SEQ_CLS", r=8, target_modules=["query", "value"], layers_to_transform=upper)
+        adapted: nn.Module = get_peft_model(model, config)
+        return adapted.train()
+    count = {"half": len(layers) // 2, "all but the top layer": len(layers) - 1}.get(what)
+    for part in [base] if count is None else [base.embeddings, *layers[:count]]:
+        part.requires_grad_(False)
+    return model
 
 
 def build_batches(count: int, size: int, vocabulary: int) -> list[Batch]:
@@ -202,4 +231,5 @@ PEERS = {
 
 def build(name: str, model: nn.Module, dtype: str) -> Contender:
     """The contender of this name, of `MODES` or `PEERS`."""
-    return through_trainer(model, dtype, MODES[name]) if name in MODES else PEERS[name](model, dtype)
+    modes = {**MODES, **FROZEN_MODES}
+    return through_trainer(model, dtype, modes[name]) if name in modes else PEERS[name](model, dtype)

@@ -20,7 +20,19 @@ from transformers.utils import logging
 from ..console import CommandParser
 from ..glue.configs import PACKAGE
 from ..glue.record import provenance, write_json
-from .contenders import BASE, MODES, PEERS, SIZES, build, build_batches, build_model, through_trainer
+from .contenders import (
+    BASE,
+    FREEZES,
+    FROZEN_MODES,
+    MODES,
+    PEERS,
+    SIZES,
+    build,
+    build_batches,
+    build_model,
+    freeze,
+    through_trainer,
+)
 from .timing import MOVE, phases, ratios, take_turns
 
 DESCRIPTION = """Measure what a step costs: AdaSAM in each mode and its peers, as ratios to AdamW (fused) from one run.
@@ -28,6 +40,7 @@ DESCRIPTION = """Measure what a step costs: AdaSAM in each mode and its peers, a
     adasam benchmark step --model minilm --dtype float32     one table
     adasam benchmark step --scan                             ratio against model and batch size, as a plot
     adasam benchmark step --against REVISION                 AdaSAM beside that of another commit
+    adasam benchmark step --frozen half                      with the lower half of the layers frozen
 
 All contenders share one model and see the same batches of real sentences. They take turns on each batch; a ratio is
 the median over the batches of (time of the contender / time of AdamW on that batch), with its quartiles. Peak memory is
@@ -118,6 +131,30 @@ def compare(args: argparse.Namespace) -> None:
     print(f"\n{args.model}, {args.dtype}, batches of {args.batch_size}; ratios to {BASE}\n\n{table(record)}\n")
 
 
+def compare_frozen(args: argparse.Namespace) -> None:
+    """AdaSAM where a part of the model is frozen, as ratios to AdamW there."""
+    plain = build_model(args.model)
+    batches = build_batches(args.rounds + 2, args.batch_size, plain.config.vocab_size)
+    model = freeze(plain, args.frozen)
+    times = take_turns({name: build(name, model, args.dtype) for name in (BASE, *FROZEN_MODES)}, batches)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    record = {
+        **provenance(),
+        "model": args.model,
+        "frozen": args.frozen,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "trainable": trainable,
+        "dtype": args.dtype,
+        "batch_size": args.batch_size,
+        "seconds": times,
+        "ratios": ratios(times),
+    }
+    write_json(args.output_dir / f"frozen-{args.model}-{args.dtype}-{args.frozen.replace(' ', '_')}.json", record)
+    print(f"\n{args.model}, {args.dtype}, frozen: {args.frozen}; ratios to {BASE}\n")
+    for name, row in record["ratios"].items():
+        print(f"| {name} | {row['ratio']:.2f} | {row['low']:.2f}–{row['high']:.2f} |")
+
+
 def scan(args: argparse.Namespace) -> None:
     """AdaSAM's ratio against the number of parameters and against the batch size."""
     import matplotlib
@@ -176,6 +213,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--contenders", nargs="+", choices=[*MODES, *PEERS], help="all by default")
     parser.add_argument("--scan", action="store_true")
     parser.add_argument("--against", metavar="REVISION", help="compare with the package at another commit")
+    parser.add_argument("--frozen", choices=FREEZES, help="freeze this part of the model")
     parser.add_argument("--output_dir", type=Path, default=OUTPUT)
     parser.add_argument("--only_memory", choices=[*MODES, *PEERS], help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -186,6 +224,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         measure_memory(args)
     elif args.scan:
         scan(args)
+    elif args.frozen:
+        compare_frozen(args)
     elif args.against:
         against(args)
     else:
