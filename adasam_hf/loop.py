@@ -22,7 +22,7 @@ from .refusals import Setup, refuse_unsupported
 from .schedule import Schedule
 from .step import TwoPassStep
 from .synchronization import Synchronization, ascends_per_process
-from .training_args import Dropout, Scope
+from .training_args import Descent, Dropout, Scope
 from .window import StepPlan, Window
 
 
@@ -64,6 +64,8 @@ class SharpnessAwareLoop:
             they follow one process with the same global batch; otherwise each follows its own.
         dropout: masks of the second pass: the ``same`` as in the first, or ``fresh``.
         direction: ``gradient``, or the optimizer's ``momentum``, which needs no first pass.
+        descent: what the second pass takes the gradient of: the ``loss``, or (``functional``) the logits, weighted by
+            the loss's derivative from the first pass (`functional.LogitGradients`).
         adaptive: radius relative to the size of each weight (ASAM, arXiv:2102.11600).
         parameters: those that move: ``all``, ``norm``, or a regular expression over their names.
 
@@ -84,6 +86,7 @@ class SharpnessAwareLoop:
         sync: bool = True,
         dropout: Dropout = "same",
         direction: DirectionName = "gradient",
+        descent: Descent = "loss",
         adaptive: bool = False,
         parameters: str = "all",
     ) -> None:
@@ -105,6 +108,8 @@ class SharpnessAwareLoop:
             self._optimizer,
             scope=scope,
             same_masks=read_choice("dropout", dropout, get_args(Dropout)) == "same",
+            functional=self._is_functional(descent),
+            cache_frozen=not accelerator.is_fsdp2,
             adaptive=read_truth_value("adaptive", adaptive),
             metrics=StepMetrics(),
             loss_scale=partial(loss_scale, accelerator),
@@ -139,6 +144,15 @@ class SharpnessAwareLoop:
                 f"model={type(self._model).__name__} does not average gradients over the {processes} processes; pass "
                 "what accelerator.prepare(model) has returned"
             )
+
+    def _is_functional(self, descent: Descent) -> bool:
+        functional = read_choice("descent", descent, get_args(Descent)) == "functional"
+        if functional and not DIRECTIONS[self._settings.resolved_direction].first_pass:
+            raise ValueError(
+                f"direction={self._settings.resolved_direction!r} contradicts descent='functional', which takes the "
+                "gradient at the logits from a first pass; set direction='gradient', or descent='loss'"
+            )
+        return functional
 
     @property
     def rho(self) -> float | None:

@@ -5,13 +5,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import SeedSteps, Sharp, flat, make_model, make_rows
 from test_step import OneProcess
 from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
 from transformers import BartConfig, BartForConditionalGeneration, LlamaConfig, LlamaForCausalLM
 
-from adasam_hf import AdaSAMSeq2SeqTrainer
+from adasam_hf import AdaSAMSeq2SeqTrainer, SharpnessAwareLoop
 from adasam_hf.directions import Gradient
 from adasam_hf.functional import LogitGradients
 from adasam_hf.metrics import StepMetrics
@@ -307,3 +308,22 @@ def test_heads_of_other_kinds(build, kind, bf16):
 def test_what_contradicts_it(build, flags, problem):
     with pytest.raises(ValueError, match=f"{problem}, or sam_descent='loss'"):
         build(Sharp, bert(), optim="adamw_torch", sam_rho=RHO, sam_descent="functional", **flags)
+
+
+@SCOPES
+def test_a_loop_of_ones_own(scope):
+    """`SharpnessAwareLoop` against the Jacobian by hand."""
+    model = bert()
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    sam = SharpnessAwareLoop(accelerator, model, optimizer, rho=RHO, scope=scope, descent="functional")
+    torch.manual_seed(1)
+    for batch in batches(2):
+        with accelerator.accumulate(model):
+            sam.backward(lambda ids, labels: classify(model(input_ids=ids).logits, labels), *batch.values())
+    found = torch.cat([torch.zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in model.parameters()])
+    want = by_hand(batches(2), classify, scope)
+    assert (found - want).norm() < 1e-13 * want.norm()
+    assert (found - by_hand(batches(2), classify, scope, fault="loss")).norm() > 1e-3 * want.norm()
+    with pytest.raises(ValueError, match="direction='momentum' contradicts descent='functional'"):
+        SharpnessAwareLoop(accelerator, model, optimizer, rho=RHO, direction="momentum", descent="functional")

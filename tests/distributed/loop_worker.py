@@ -213,7 +213,7 @@ GLUE_FLAGS = ["--task_name=mrpc", "--num_train_epochs=1", "--learning_rate=1e-3"
 def glue_by_example(model: str, glue: str, *flags: str, batch_size=4, k=3) -> torch.Tensor:
     """The weights that the example ends with, with the rows in their order."""
     reset()
-    example = load_script("glue_no_trainer", "examples")
+    example = load_script("glue_no_trainer")
     example.DataLoader = lambda data, batch_size, shuffle, collate_fn: DataLoader(
         data, batch_size, collate_fn=collate_fn
     )
