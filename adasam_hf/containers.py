@@ -17,13 +17,13 @@ def copy_containers(value: Any) -> Any:
 
 
 def modules_in(values: Iterable[Any]) -> Iterator[nn.Module]:
-    """The modules among `values`, and those in mappings, lists and tuples of modules, with all that are inside them.
+    """The modules among `values`, and those in mappings, lists and tuples of modules; not what is inside modules.
 
     What begins with something else than a module (or such a collection) is left alone: it may be long.
     """
     for value in values:
         if isinstance(value, nn.Module):
-            yield from value.modules()
+            yield value
         elif isinstance(value, (Mapping, list, tuple)) and _begins_with_module(value):
             yield from modules_in(_items(value))
 

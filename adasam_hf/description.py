@@ -105,10 +105,11 @@ def _passes(args: SharpnessAwareArgumentsMixin, ascent_share: float | None) -> s
 
 def describe_reuse(model: nn.Module, window: Window) -> str:
     """One line, after the first step: how much of the model the second pass has taken from the first."""
+    own = set(model.parameters())
     reused = {p for module in window.reused for p in module.parameters()}
-    total = sum(p.numel() for p in model.parameters())
+    count, total, beside = (sum(p.numel() for p in params) for params in (reused & own, own, reused - own))
+    others = f" and {beside:,} of other models" if beside else ""
     return (
-        f"sam_cache_frozen: the second pass takes from the first what frozen modules with "
-        f"{sum(p.numel() for p in reused):,} of {total:,} parameters have computed; it keeps "
-        f"{window.reused_bytes / 2**20:.1f} MiB of outputs for the micro-batches of a step"
+        f"sam_cache_frozen: the second pass takes from the first what frozen modules with {count:,} of {total:,} "
+        f"parameters{others} have computed; it keeps {window.reused_bytes / 2**20:.1f} MiB of outputs for a step"
     )

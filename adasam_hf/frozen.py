@@ -1,5 +1,7 @@
 """What frozen modules compute in the first pass, handed out again in the second one.
 
+These are the layers below the lowest trainable one, and whole models that a loss asks: a teacher, a reference model.
+
 Between the two passes only trainable weights move. A module without any that is given the same inputs, random numbers
 and buffers computes the same outputs, so that its second forward pass can be left out, bit for bit. This is a matter of
 cost alone: with the lower half of an encoder frozen, a step costs about 1.7 plain steps instead of 2.
@@ -21,19 +23,24 @@ _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def frozen_modules(model: nn.Module) -> list[nn.Module]:
-    """The outermost modules of `model` that have parameters, none of them trainable, and that can be left out.
+def frozen_modules(models: Iterable[nn.Module]) -> list[nn.Module]:
+    """The outermost modules of `models` that have parameters, none of them trainable, and that can be left out.
 
     Those with hooks inside, which somebody may count on, are run; likewise those that talk to other processes. Where
     anything is compiled, or checkpoints activations, there are none.
     """
+    models = list(models)
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return []
-    if all(p.requires_grad for p in model.parameters()) or any(_runs_otherwise(m) for m in model.modules()):
+    if all(p.requires_grad for model in models for p in model.parameters()):
+        return []
+    if any(_runs_otherwise(module) for model in models for module in model.modules()):
         return []
     found: list[nn.Module] = []
-    sort = _sort(model, found)
-    return [model] if sort.outermost else found
+    for model in models:
+        deeper: list[nn.Module] = []
+        found += [model] if _sort(model, deeper).outermost else deeper
+    return list(dict.fromkeys(found))
 
 
 class _Sort(NamedTuple):

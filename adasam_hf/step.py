@@ -113,9 +113,10 @@ class TwoPassStep:
         if window.passes:
             self._look_at_gradients(window)
         else:
-            window.modules = list(dict.fromkeys(modules_in((self._model, *self._beside()))))
+            models = list(modules_in((self._model, *self._beside())))
+            window.modules = list(dict.fromkeys(module for model in models for module in model.modules()))
             if self._cache_frozen and window.ascent_inputs is None:
-                window.frozen = frozen_modules(self._model)
+                window.frozen = frozen_modules(models)
             window.leftover = take_gradients(self._reached())
             self.perturbation.forget_spent_gradients()
         loss = self._ascent(window, position, inputs, ascent_step or stock_step, sync)

@@ -140,19 +140,19 @@ def test_a_forward_that_a_library_has_put_there_is_called_and_stays():
 
 def test_which_modules_are_frozen():
     model = nn.Sequential(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), nn.Linear(2, 2), nn.Linear(2, 2), nn.ReLU())
-    assert frozen_modules(model) == []
+    assert frozen_modules([model]) == []
     model[:2].requires_grad_(False)
-    assert frozen_modules(model) == [model[0], model[1]]
+    assert frozen_modules([model]) == [model[0], model[1]]
     model[0][1].register_forward_hook(lambda *_: None)  # somebody looks inside
-    assert frozen_modules(model) == [model[0][0], model[1]]
+    assert frozen_modules([model]) == [model[0][0], model[1]]
     model[1].register_forward_hook(lambda *_: None)  # which is called beside a forward that is left out, too
-    assert frozen_modules(model) == [model[0][0], model[1]]
+    assert frozen_modules([model]) == [model[0][0], model[1]]
     model[2].gradient_checkpointing = True
-    assert frozen_modules(model) == []
-    assert frozen_modules(torch.compile(model)) == []
+    assert frozen_modules([model]) == []
+    assert frozen_modules([model, torch.compile(model)]) == []
     whole = nn.Linear(2, 2).requires_grad_(False)
-    assert frozen_modules(whole) == [whole]
-    assert frozen_modules(nn.Sequential(nn.SyncBatchNorm(2).requires_grad_(False), nn.Linear(2, 2))) == []
+    assert frozen_modules([whole]) == [whole]
+    assert frozen_modules([nn.Sequential(nn.SyncBatchNorm(2).requires_grad_(False), nn.Linear(2, 2))]) == []
 
 
 # ---- trainings ----
@@ -246,6 +246,34 @@ def test_a_frozen_encoder(build):
     rows = [row | {"labels": row["input_ids"].flip(0)} for row in rows]
     with_reuse, runs = trained(build, encoder_frozen(), Sharp, rows)
     without, always = trained(build, encoder_frozen(), Sharp, rows, sam_cache_frozen=False)
+    assert torch.equal(with_reuse, without) and (runs, always) == (6, 12)
+
+
+class Distils(Sharp):
+    """From a teacher that is an attribute of the trainer, with a loss that asks it in each pass."""
+
+    teacher = None
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        with torch.no_grad():
+            target = self.teacher(input_ids=inputs["input_ids"]).logits.softmax(-1)
+        return nn.functional.cross_entropy(model(input_ids=inputs["input_ids"]).logits, target)
+
+
+@pytest.mark.compat("Cost", "reuse of what a frozen teacher computes")
+def test_a_teacher(build):
+    def run(**flags):
+        torch.manual_seed(1)
+        teacher, asked = make_model("bert").requires_grad_(False).eval(), []
+        forward = type(teacher.bert).forward
+        teacher.bert.forward = lambda *args, **kwargs: (asked.append(1), forward(teacher.bert, *args, **kwargs))[1]
+        model = make_model("bert")
+        trainer = build(Distils, model, optim="sgd", sam_rho=0.3, callbacks=[SeedSteps()], **flags)
+        trainer.teacher = teacher
+        trainer.train()
+        return flat(model), len(asked)
+
+    (with_reuse, runs), (without, always) = run(), run(sam_cache_frozen=False)
     assert torch.equal(with_reuse, without) and (runs, always) == (6, 12)
 
 
