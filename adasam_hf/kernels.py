@@ -17,7 +17,7 @@ from torch.optim.sgd import sgd
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
 if torch.distributed.is_available():
-    from torch.distributed.tensor import DTensor, Partial, Replicate
+    from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
 else:
     DTensor = ()  # type: ignore[assignment, misc]  # of which nothing is an instance
 
@@ -32,6 +32,11 @@ Row = TypeVar("Row", bound=tuple[Tensor, ...])
 def shard(t: Tensor) -> Tensor:
     """The part of a `DTensor` that lies on this process, sharing its memory; any other tensor as it is."""
     return t.to_local() if isinstance(t, DTensor) else t
+
+
+def sharded_like(full: Tensor, p: Tensor) -> Tensor:
+    """`full`, which every process has, in the shards of `p` if it is a `DTensor`; nothing travels."""
+    return distribute_tensor(full, p.device_mesh, p.placements, src_data_rank=None) if isinstance(p, DTensor) else full
 
 
 # ---- what may be seen together ----

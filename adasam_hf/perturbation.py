@@ -133,6 +133,7 @@ class Perturbation:
         self.moved = [p for p, radius in zip(params, radii, strict=True) if radius > 0]
         half = any(p.dtype in HALF for p in moving)
         self.applied = _applied(parts, direction.sign, norm) if half else None
+        direction.ascended(params, norm)
         if direction.first_pass:
             for p in self._trainable():
                 p.grad = None
