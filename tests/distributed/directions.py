@@ -16,7 +16,8 @@ NAMES = ["preconditioned", "friendly", "noise"]
 def moves(name, wrap, shapes=((3, 4), (5,))):
     """By how much the parameters are moved in each of three steps."""
     torch.manual_seed(7)
-    params = [nn.Parameter(wrap(torch.linspace(-1, 1, torch.Size(s).numel(), dtype=torch.float64).view(s))) for s in shapes]
+    wholes = [torch.linspace(-1, 1, torch.Size(shape).numel(), dtype=torch.float64).view(shape) for shape in shapes]
+    params = [nn.Parameter(wrap(whole)) for whole in wholes]
     optimizer = AdaSAM(params, lr=0.1, rho=0.3)
     direction, perturbation = DIRECTIONS[name](optimizer), Perturbation(optimizer)
     seen = []
