@@ -9,7 +9,7 @@ through single operations, which honour strides.
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from operator import attrgetter
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from torch.optim.sgd import sgd
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
 if torch.distributed.is_available():
-    from torch.distributed.tensor import DTensor, Partial, Replicate
+    from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
 else:
     DTensor = ()  # type: ignore[assignment, misc]  # of which nothing is an instance
 
@@ -27,11 +27,17 @@ PLAIN = {Tensor, nn.Parameter}
 SHAPE, DTYPE, DEVICE, LAYOUT = map(attrgetter, ("shape", "dtype", "device", "layout"))
 
 Row = TypeVar("Row", bound=tuple[Tensor, ...])
+CopiedRow = tuple[Tensor, Tensor, Tensor]  # parameter, vector, saved copy
 
 
 def shard(t: Tensor) -> Tensor:
     """The part of a `DTensor` that lies on this process, sharing its memory; any other tensor as it is."""
     return t.to_local() if isinstance(t, DTensor) else t
+
+
+def sharded_like(full: Tensor, p: Tensor) -> Tensor:
+    """`full`, which every process has, in the shards of `p` if it is a `DTensor`; nothing travels."""
+    return distribute_tensor(full, p.device_mesh, p.placements, src_data_rank=None) if isinstance(p, DTensor) else full
 
 
 # ---- what may be seen together ----
@@ -62,8 +68,8 @@ def split(rows: Iterable[Row], operands: int | None = None) -> tuple[list[Row], 
     return _without_shared_memory(together, apart)
 
 
-def _all_plain(rows: Sequence[tuple[Tensor, ...]]) -> bool:
-    """Whether every row holds contiguous tensors alike, as nearly all models have them.
+def _all_plain(rows: Sequence[tuple[Tensor | None, ...]]) -> bool:
+    """Whether every row holds contiguous tensors alike, and no None, as nearly all models have them.
 
     It looks at one property of many tensors at a time, which takes a third of the time that rows one by one do.
     """
@@ -108,15 +114,20 @@ def _dense_alike(row: tuple[Tensor, ...]) -> bool:
     return order is not None
 
 
-def copies_of(buffers: Sequence[Tensor | None], tensors: Sequence[Tensor]) -> list[Tensor]:
-    """For each of `tensors` (of a sharded one, for its shard) a place for a copy: its buffer, or a new one.
+def split_with_copies(
+    params: Sequence[Tensor], vectors: Sequence[Tensor], buffers: dict[Tensor, Tensor]
+) -> tuple[list[CopiedRow], list[CopiedRow]]:
+    """`split` for rows (parameter, vector), to each of which it adds a place for a copy of the parameter.
 
-    A buffer does if it has the tensor's shape, dtype and device and, where the tensor is dense, its order.
+    That is its one of `buffers` if that has its shape, dtype and device and, where the parameter is dense, its
+    order; otherwise a new one, which takes its place there.
     """
-    old = [buffer for buffer in buffers if buffer is not None]
-    if len(old) == len(tensors) and _all_plain(list(zip(tensors, old, strict=True))):
-        return old
-    return [_copy_of(buffer, shard(t)) for buffer, t in zip(buffers, tensors, strict=True)]
+    rows = [(p, vector, buffers.get(p)) for p, vector in zip(params, vectors, strict=True)]
+    if not _all_plain(rows):
+        for p in params:
+            buffers[p] = _copy_of(buffers.get(p), shard(p))
+        return split([(p, vector, buffers[p]) for p, vector, _ in rows], operands=2)
+    return _without_shared_memory(cast("list[CopiedRow]", rows), [])
 
 
 def _copy_of(buffer: Tensor | None, t: Tensor) -> Tensor:

@@ -87,6 +87,9 @@ class AdaSAM(Optimizer):
         ValueError: for a value of another type or out of range.
     """
 
+    corrects_bias = False
+    """Whether the moments in the state are to be divided by 1 - βᵗ, as Adam's are."""
+
     warn_without_ascent = True
     """Whether `step` is still to warn, once, that nothing has ascended; to be set to False where that is intended."""
 

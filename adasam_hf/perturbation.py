@@ -16,11 +16,19 @@ from . import activity
 from .directions import Direction, Gradient, innermost
 from .gradients import GradientRecord
 from .hyperparameters import check_radius
-from .kernels import HALF, add_along, check_vector, copies_of, copy_all, dense_order, gradient_norm, shard, split
+from .kernels import (
+    HALF,
+    CopiedRow,
+    add_along,
+    check_vector,
+    copy_all,
+    dense_order,
+    gradient_norm,
+    shard,
+    split_with_copies,
+)
 
 local = shard  # its name up to 0.1
-
-Row = tuple[Tensor, Tensor, Tensor]  # parameter, vector, saved copy
 
 ASAM_ETA = 0.01  # of the ASAM paper: weights near 0 are to move, too
 
@@ -121,7 +129,7 @@ class Perturbation:
                 some_params.append(p)
                 some_vectors.append(vector)
         # Refuses before anything has changed.
-        parts = {radius: split(self._rows(*pair), operands=2) for radius, pair in moves.items()}
+        parts = {radius: split_with_copies(*pair, self._buffers) for radius, pair in moves.items()}
         rows = [row for together, apart in parts.values() for row in (*together, *apart)]
         moving, saved = [row[0] for row in rows], [row[2] for row in rows]
         self._refuse_fused_update(moving)
@@ -133,6 +141,7 @@ class Perturbation:
         self.moved = [p for p, radius in zip(params, radii, strict=True) if radius > 0]
         half = any(p.dtype in HALF for p in moving)
         self.applied = _applied(parts, direction.sign, norm) if half else None
+        direction.ascended(params, norm)
         if direction.first_pass:
             for p in self._trainable():
                 p.grad = None
@@ -226,12 +235,6 @@ class Perturbation:
         params, vectors, per_parameter = zip(*found, strict=True)
         return list(params), list(vectors), list(per_parameter)
 
-    def _rows(self, params: list[Tensor], vectors: list[Tensor]) -> list[Row]:
-        """Of each parameter: itself, its vector, and a place for its copy."""
-        buffers = copies_of([self._buffers.get(p) for p in params], params)
-        self._buffers.update(zip(params, buffers, strict=True))
-        return list(zip(params, vectors, buffers, strict=True))
-
     def _refuse_fused_update(self, moving: list[Tensor]) -> None:
         """Torch's own fused optimizers would write beside a slice after we have been careful not to."""
         optimizer = innermost(self.optimizer)
@@ -288,7 +291,7 @@ def _relative_to_weights(params: list[Tensor], vectors: list[Tensor]) -> tuple[l
     return scaled, norm
 
 
-def _applied(parts: Mapping[float, tuple[list[Row], list[Row]]], sign: float, norm: Tensor) -> Tensor:
+def _applied(parts: Mapping[float, tuple[list[CopiedRow], list[CopiedRow]]], sign: float, norm: Tensor) -> Tensor:
     """⟨δ', δ⟩/‖δ‖² with δ' = what the parameters moved by and δ = radius · vector / norm."""
     wide = torch.float64 if norm.device.type == "cpu" else torch.float32
     moved = wanted = torch.zeros((), dtype=wide, device=norm.device)

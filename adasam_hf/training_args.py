@@ -164,7 +164,9 @@ class SharpnessAwareArgumentsMixin(_Base):
         default=None,
         metadata={
             "help": "Along what the weights are perturbed; momentum, the optimizer's own, needs no second pass "
-            "(Momentum-SAM, arXiv:2401.12033; its radii are many times larger). Unset: that of sam_preset, gradient."
+            "(Momentum-SAM, arXiv:2401.12033; its radii are many times larger), nor does noise, uniform on the sphere. "
+            "preconditioned: the gradient over the root of the optimizer's second moment; friendly: the gradient minus "
+            "its running mean. Unset: that of sam_preset, gradient."
         },
     )
     sam_adaptive: bool = field(

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from conftest import LR, Plain, Sharp, flat, make_model, make_rows
@@ -417,6 +418,130 @@ def test_an_optimizer_without_momentum_is_an_error(build):
         build(Sharp, bert(), optim="adafactor", sam_rho=RHO, sam_direction="momentum").train()
     with pytest.raises(RuntimeError, match="keeps no first moment"):
         build(Sharp, bert(), optim="sgd", sam_rho=RHO, sam_direction="momentum").train()
+
+
+# ---- along other directions ----
+
+SECOND_MOMENTS = {
+    "adasam": lambda model: AdaSAM(model.parameters(), lr=LR),
+    "adamw_torch": lambda model: torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0),
+}
+
+
+@SCOPES
+@pytest.mark.parametrize("optim", SECOND_MOMENTS)
+def test_along_the_preconditioned_gradient(build, scope, optim):
+    """s / (√v̂ + ε), and s before the first update."""
+
+    def climb(loop, step, part):
+        gradients = loop.gradient(part)
+        if step == 0:
+            return loop.sphere(gradients)
+        vectors = {}
+        for name, p in loop.params.items():
+            state = loop.optimizer.state[p]
+            v = state["max_exp_avg_sq"] if optim == "adasam" else state["exp_avg_sq"] / (1 - 0.999**step)
+            vectors[name] = gradients[name] / (v.sqrt() + (1e-6 if optim == "adasam" else 1e-8))
+        return loop.sphere(vectors)
+
+    got = trained(build, optim, sam_scope=scope, sam_direction="preconditioned").model
+    assert (flat(got) - hand_written(climb, scope, optimizer=SECOND_MOMENTS[optim])).abs().max() < 1e-9
+    plain = hand_written(full, scope, optimizer=SECOND_MOMENTS[optim])
+    assert (flat(got) - plain).abs().max() > 1e-6  # the control: along s
+
+
+def test_an_optimizer_without_a_second_moment_is_an_error(build):
+    for optim in ("adafactor", "sgd", "sam"):
+        with pytest.raises(RuntimeError, match=r"sam_direction='preconditioned'.*keeps no second moment"):
+            trained(build, optim, sam_direction="preconditioned")
+
+
+@SCOPES
+@pytest.mark.parametrize("reuse", [False, True])
+def test_along_the_batchs_own_part_of_the_gradient(build, scope, reuse):
+    """s - m, with the running mean m of the gradients so far, this one included."""
+
+    def climber(share):
+        means, last = {}, {}
+
+        def climb(loop, step, part):
+            if reuse and step % 2:
+                return loop.sphere(last)
+            for name, s in loop.gradient(part).items():
+                means[name] = 0.9 * means.get(name, 0.0) + 0.1 * s
+                last[name] = s - share * means[name]
+            return loop.sphere(last)
+
+        return climb
+
+    flags = {"sam_interval": 2, "sam_reuse": True} if reuse else {}
+    rows = (make_rows() * 2)[:40]  # five windows of two micro-batches of four rows
+    got = trained(build, rows=rows, sam_scope=scope, sam_direction="friendly", **flags).model
+    assert (flat(got) - hand_written(climber(1.0), scope, rows=rows)).abs().max() < 1e-12
+    assert (flat(got) - hand_written(climber(0.0), scope, rows=rows)).abs().max() > 1e-8  # the control: along s
+
+
+@SCOPES
+def test_along_noise(build, scope):
+    """One pass at w + ρu, the same u for all micro-batches of a step and another for each step."""
+    model = bert()
+    passes = Passes(model)
+    flags = {"optim": "sgd", "sam_rho": RHO, "gradient_accumulation_steps": 2, "sam_scope": scope}
+    trainer = build(Sharp, model, callbacks=[passes], sam_direction="noise", **flags)
+    trainer.train()
+    assert passes.by_step == [2, 2, 2]
+    names = {p: name for name, p in model.named_parameters()}
+    order = [names[p] for group in trainer.optimizer.param_groups for p in group["params"]]
+
+    def climber(updates):
+        def climb(loop, step, _):
+            vectors = {}
+            for place, name in enumerate(order):
+                words = np.random.SeedSequence((trainer.args.seed, updates(step), place)).generate_state(1)
+                generator = torch.Generator().manual_seed(int(words[0]))
+                p = loop.params[name]
+                vectors[name] = torch.randn(p.shape, generator=generator, dtype=p.dtype)
+            return loop.sphere(vectors)
+
+        return climb
+
+    agree(model, hand_written(climber(lambda step: step)))
+    # The control: the noise of the first step in all of them.
+    assert (flat(model) - hand_written(climber(lambda step: 0))).abs().max() > 1e-8
+
+
+@pytest.mark.parametrize("direction", ["preconditioned", "friendly", "noise"])
+def test_other_directions_relative_to_the_weights(build, direction):
+    """T²d/‖Td‖ with T = |w| + 0.01, for the d that the direction has without it."""
+    moved = {}
+
+    class Moves(Sharp):
+        def training_step(self, model, inputs, *args, **kwargs):
+            before = {name: p.detach().clone() for name, p in model.named_parameters()}
+            ascend = self._running().step.perturbation.ascend
+
+            def look(*args, **kwargs):
+                norm = ascend(*args, **kwargs)
+                if self.state.global_step == 1:
+                    delta = {name: p.detach() - before[name] for name, p in model.named_parameters()}
+                    moved[self.args.sam_adaptive] = before, delta
+                return norm
+
+            self._running().step.perturbation.ascend = look
+            try:
+                return super().training_step(model, inputs, *args, **kwargs)
+            finally:
+                self._running().step.perturbation.ascend = ascend
+
+    for adaptive in (False, True):
+        flags = {"optim": "adasam", "sam_rho": 1e-9, "sam_direction": direction, "sam_adaptive": adaptive}
+        build(Moves, bert(), learning_rate=1e-9, **flags).train()
+    (before, plain), (_, got) = moved[False], moved[True]
+    sizes = {name: w.abs() + 0.01 for name, w in before.items()}
+    norm = math.sqrt(sum((sizes[name] * d).square().sum().item() for name, d in plain.items()))
+    for name, d in plain.items():
+        torch.testing.assert_close(got[name], 1e-9 * sizes[name] ** 2 * d / norm, rtol=0, atol=1e-12)
+    assert max((got[name] - d).abs().max() for name, d in plain.items()) > 1e-11  # the control
 
 
 # ---- relative to the weights ----

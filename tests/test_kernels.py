@@ -225,6 +225,8 @@ def test_what_may_go_together():
     assert layouts((last, last.clone())) == ([0], [])
     assert layouts((last, b)) == layouts((b, last)) == ([], [0])
     assert layouts((a, b.double())) == layouts((a, b, b.bfloat16())) == ([], [0])
+    # A lazily negated view has other numbers than its memory.
+    assert layouts((a, b), (torch._neg_view(a.clone()), b), (b.clone(), torch._neg_view(b))) == ([0], [1, 2])
     # Strides of dimensions of size 1 mean nothing.
     one = torch.randn(3, 1, 2, 2)
     assert layouts((one, one.to(memory_format=torch.channels_last))) == ([0], [])
