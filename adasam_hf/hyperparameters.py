@@ -1,17 +1,14 @@
 """What the values of a parameter group may be. Each error is one sentence with the value, the range and a remedy."""
 
 import math
-import numbers
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor
 
-
-def as_number(value: Any) -> float | None:
-    """`value` as a float if it is a real number, NumPy's included; None for all else, truth values included."""
-    return float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else None
+from .reading import read_number
 
 
 def check_radius(rho: Any, name: str = "rho") -> float:
@@ -49,10 +46,13 @@ def check_epsilon(eps: float, dtype: torch.dtype) -> None:
 
 
 def _number(name: str, value: Any, allowed: str, *, zero: bool = True) -> float:
-    number = as_number(value)
-    if number is None or not (math.isfinite(number) and number >= 0) or not (number or zero):
-        raise ValueError(f"{name}={value!r} must be a finite number {allowed}")
-    return number
+    return read_number(
+        name,
+        value,
+        f"a finite number {allowed}",
+        lambda number: math.isfinite(number) and number >= 0 and bool(number or zero),
+        text=False,
+    )
 
 
 def _learning_rate(lr: Any) -> float | Tensor:
@@ -66,8 +66,10 @@ def _learning_rate(lr: Any) -> float | Tensor:
 
 def _betas(betas: Any) -> tuple[float, float]:
     if isinstance(betas, Sequence) and len(betas) == 2:
-        first, second = map(as_number, betas)
-        if first is not None and second is not None and 0.0 <= first < 1.0 and 0.0 <= second < 1.0:
+        with suppress(ValueError):
+            first, second = (
+                read_number("beta", beta, "in [0, 1)", lambda number: 0.0 <= number < 1.0, text=False) for beta in betas
+            )
             return first, second
     raise ValueError(f"betas={betas!r} must be two numbers in [0, 1); the paper's recipe has (0.9, 0.98)")
 

@@ -8,6 +8,8 @@ from transformers.training_args import OptimizerNames
 # The paper's four methods: two updates, each with and without the ascent.
 ADASAM_NAMES = ("adasam", "amsgrad")
 SGD_NAMES = ("sam", "sgdm")
+# That keep no second moment with a number for each weight.
+WITHOUT_SECOND_MOMENT = (*SGD_NAMES, "sgd", "adafactor", "adagrad", "lion_32bit", "lion_8bit")
 
 
 class OptimizerName(str):

@@ -144,8 +144,13 @@ class Planner:
 
     def state(self) -> dict[str, Any]:
         """To be kept in a checkpoint, as JSON; empty if there is nothing to keep."""
-        return {"peak_rates": self._peak_rates.state()} if self.args.sam_rho_schedule == "lr" else {}
+        state = {"peak_rates": self._peak_rates.state()} if self.args.sam_rho_schedule == "lr" else {}
+        direction = self.own_direction.state()
+        return {**state, "direction": direction} if direction else state
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from what `state` has returned."""
-        self._peak_rates.load(state["peak_rates"])
+        if "peak_rates" in state:
+            self._peak_rates.load(state["peak_rates"])
+        if "direction" in state:
+            self.own_direction.load_state(state["direction"])

@@ -11,12 +11,15 @@ from contextlib import suppress
 from numbers import Integral, Real
 from typing import Any
 
-from transformers.hf_argparser import string_to_bool
 
+def read_number(
+    name: str, value: object, must_be: str, allowed: Callable[[float], bool] = lambda x: True, *, text: bool = True
+) -> float:
+    """A real number, NumPy's included, or with `text` one that is spelled, that `allowed` accepts. True is none.
 
-def read_number(name: str, value: object, must_be: str, allowed: Callable[[float], bool] = lambda x: True) -> float:
-    """A real number, NumPy's included, that `allowed` accepts. True is none. A float is returned as it is."""
-    if isinstance(value, (Real, str)) and not isinstance(value, bool):
+    A float is returned as it is.
+    """
+    if isinstance(value, (Real, str) if text else Real) and not isinstance(value, bool):
         with suppress(ValueError, OverflowError):
             if allowed(number := float(value)):
                 return number
@@ -34,6 +37,8 @@ def read_whole_number(name: str, value: object, must_be: str, least: int) -> int
 
 def read_truth_value(name: str, value: object) -> bool:
     """A truth value, or a word that `HfArgumentParser` reads as one, so that "false" is not true for being text."""
+    from transformers.hf_argparser import string_to_bool  # for the arguments of a Trainer; the optimizer does without
+
     try:
         return string_to_bool(str(value))
     except ArgumentTypeError:

@@ -93,9 +93,10 @@ def obstacle(setup: Setup) -> Obstacle | None:
         return Obstacle(
             f"optim={setup.optimizer!r}, which updates the weights inside backward", "choose another optimizer"
         )
-    if setup.direction == "momentum" and setup.optimizer.startswith(("galore", "apollo")):
+    if setup.direction in ("momentum", "preconditioned") and setup.optimizer.startswith(("galore", "apollo")):
         return Obstacle(
-            f"optim={setup.optimizer!r} along its momentum, which has another shape than the weights",
+            f"optim={setup.optimizer!r} and {sam}direction={setup.direction!r}, as its moments have another shape than "
+            "the weights",
             "use sam_direction='gradient' (sam_preset='full' or 'fast')",
         )
     if kind is DistributedType.DEEPSPEED:

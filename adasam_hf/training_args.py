@@ -15,7 +15,7 @@ from transformers import Seq2SeqTrainingArguments, TrainingArguments
 from .defaults import ADASAM_DEFAULTS, AdamDefaultsMixin
 from .directions import DIRECTIONS, DirectionName
 from .optim import AdaSAM
-from .optimizer_names import ADASAM_NAMES, SGD_NAMES, read_optimizer_name
+from .optimizer_names import ADASAM_NAMES, SGD_NAMES, WITHOUT_SECOND_MOMENT, read_optimizer_name
 from .presets import PRESETS, Preset, preset_ascent_fraction, preset_radius
 from .reading import read_choice, read_number, read_pattern, read_truth_value, read_whole_number
 from .schedule import SHAPES, Schedule, Shape
@@ -308,6 +308,12 @@ class SharpnessAwareArgumentsMixin(_Base):
             self._check_functional()
         if self.resolved_direction == "momentum" and self.optim in SGD_NAMES and self.sgd_momentum == 0:
             raise ValueError("sam_direction='momentum' needs one: set sgd_momentum above 0, for example 0.9")
+        if self.resolved_direction == "preconditioned" and self.optim in WITHOUT_SECOND_MOMENT:
+            raise ValueError(
+                f"sam_direction='preconditioned' divides by the root of the optimizer's second moment, and optim="
+                f"{str(self.optim)!r} keeps none of the weights' shape; use adasam, adamw_torch or rmsprop, or "
+                "sam_direction='gradient'"
+            )
         if self.optim in ADASAM_NAMES + SGD_NAMES:
             self._package_optim_args()
 

@@ -1,6 +1,7 @@
 """Each cheap ascent against a loop written by hand in float64."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -430,6 +431,7 @@ SECOND_MOMENTS = {
 
 @SCOPES
 @pytest.mark.parametrize("optim", SECOND_MOMENTS)
+@pytest.mark.compat("Cheap ascents", "`sam_direction=preconditioned`")
 def test_along_the_preconditioned_gradient(build, scope, optim):
     """s / (√v̂ + ε), and s before the first update."""
 
@@ -452,12 +454,35 @@ def test_along_the_preconditioned_gradient(build, scope, optim):
 
 def test_an_optimizer_without_a_second_moment_is_an_error(build):
     for optim in ("adafactor", "sgd", "sam"):
-        with pytest.raises(RuntimeError, match=r"sam_direction='preconditioned'.*keeps no second moment"):
+        with pytest.raises(ValueError, match=rf"sam_direction='preconditioned'.*optim='{optim}' keeps none"):
             trained(build, optim, sam_direction="preconditioned")
+    model = bert()
+    mine = torch.optim.SGD(model.parameters(), lr=LR)
+    flags = {"optim": "adamw_torch", "sam_rho": RHO, "sam_direction": "preconditioned"}
+    with pytest.raises(RuntimeError, match=r"sam_direction='preconditioned'.*keeps no second moment"):
+        build(Sharp, model, optimizers=(mine, None), **flags).train()
+
+
+@SCOPES
+@pytest.mark.compat("Cheap ascents", "`sam_direction=noise` over a resume")
+def test_noise_goes_on_after_a_resume(build, scope):
+    def run(folder, **how):
+        model = bert()
+        flags = {"optim": "adamw_torch", "sam_rho": RHO, "sam_scope": scope, "sam_direction": "noise"}
+        trainer = build(Sharp, model, folder=folder, save_strategy="steps", save_steps=2, **flags)
+        trainer.train(**how)
+        return flat(model), trainer.args.output_dir
+
+    whole, folder = run("whole")
+    resumed, _ = run("other", resume_from_checkpoint=f"{folder}/checkpoint-2")
+    assert torch.equal(whole, resumed)
+    (Path(folder) / "checkpoint-2" / "sharpness_aware_state.json").unlink()  # the control
+    assert not torch.equal(whole, run("control", resume_from_checkpoint=f"{folder}/checkpoint-2")[0])
 
 
 @SCOPES
 @pytest.mark.parametrize("reuse", [False, True])
+@pytest.mark.compat("Cheap ascents", "`sam_direction=friendly`")
 def test_along_the_batchs_own_part_of_the_gradient(build, scope, reuse):
     """s - m, with the running mean m of the gradients so far, this one included."""
 
@@ -482,6 +507,7 @@ def test_along_the_batchs_own_part_of_the_gradient(build, scope, reuse):
 
 
 @SCOPES
+@pytest.mark.compat("Cheap ascents", "`sam_direction=noise`")
 def test_along_noise(build, scope):
     """One pass at w + ρu, the same u for all micro-batches of a step and another for each step."""
     model = bert()

@@ -76,7 +76,7 @@ REFUSED = {
     "LOMO": ({"optim": OptimizerNames.LOMO}, "lomo"),
     "GaLore and APOLLO along their momentum": (
         {"optim": OptimizerNames.GALORE_ADAMW, "resolved_direction": "momentum"},
-        "galore_adamw.*another shape.*sam_direction='gradient'",
+        "galore_adamw.*momentum.*another shape.*sam_direction='gradient'",
     ),
     "layer-wise optimizers": ({"optim": OptimizerNames.GALORE_ADAMW_LAYERWISE}, "layerwise"),
 }
