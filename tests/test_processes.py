@@ -81,6 +81,10 @@ LABELS = {
     "momentum": "DDP × `sam_direction=momentum`",
     "adaptive": "DDP × `sam_adaptive`",
     "frozen": "DDP × reuse of what frozen layers compute",
+    "functional": "DDP × `sam_descent=functional`",
+    "preconditioned": "DDP × `sam_direction=preconditioned`",
+    "friendly": "DDP × `sam_direction=friendly`",
+    "noise": "DDP × `sam_direction=noise`",
     "reuse": "DDP × `sam_reuse`",
 }
 
@@ -92,8 +96,8 @@ LABELS = {
             pytest.param(f"{case} {scope}", marks=pytest.mark.compat("Many processes", label, scope=scope))
             for case, label in LABELS.items()
             for scope in ("batch", "microbatch")
-            # there the last direction is that of each process's own last micro-batch
-            if (case, scope) != ("reuse", "microbatch")
+            # there the last direction, and the mean gradient, are those of each process's own micro-batches
+            if (case, scope) not in {("reuse", "microbatch"), ("friendly", "microbatch")}
         ),
         pytest.param(
             "static graph",

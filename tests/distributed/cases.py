@@ -57,6 +57,10 @@ DDP = {
             "momentum": {"gradient_accumulation_steps": 2, "sam_direction": "momentum"},
             "adaptive": {"sam_adaptive": True},
             "frozen": {"gradient_accumulation_steps": 2, "model": "frozen"},
+            "functional": {"gradient_accumulation_steps": 2, "sam_descent": "functional"},
+            "preconditioned": {"gradient_accumulation_steps": 2, "sam_direction": "preconditioned"},
+            "friendly": {"gradient_accumulation_steps": 2, "sam_direction": "friendly"},
+            "noise": {"gradient_accumulation_steps": 2, "sam_direction": "noise"},
             "reuse": {"sam_interval": 2, "sam_reuse": True, "bucket_view": True},
         }.items()
     },
