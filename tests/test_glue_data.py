@@ -75,7 +75,7 @@ def test_what_the_real_snapshot_lacks_is_named(glue_snapshot):
 def test_missing_folder():
     with pytest.raises(FileNotFoundError, match="nyu-mll/glue"):
         load_task(get_task("cola"), "./nowhere", ["train"])
-    with pytest.raises(FileNotFoundError, match="dataset_name_or_path='nowhere' is no folder here"):
+    with pytest.raises(FileNotFoundError, match="dataset_name_or_path='nowhere' is not a folder, and"):
         load_task(get_task("cola"), "nowhere", ["train"])
 
 
@@ -162,7 +162,7 @@ def test_files_for_a_glue_task(write):
         ("text,label\na,0.5\nb,nan\nc,1\n", CSV, None, "label", "'nan', which mostly stands for"),
         ("", CSV, None, "label", r"train_file=.*train\.csv' is empty"),
         (CSV, "text,label\n", None, "label", r"validation_file=.*dev\.csv' has no rows"),
-        (CSV, "text,label\na,1\nb,0,2,3\n", None, "label", r"validation_file=.*is no CSV that can be read: .*line 3"),
+        (CSV, "text,label\na,1\nb,0,2,3\n", None, "label", r"validation_file=.*cannot be read as CSV: .*line 3"),
         (CSV, CSV, ["sentence"], "label", r"no column \['sentence'\], only \['text', 'label'\]"),
         (CSV, CSV, None, "gold", r"no column \['gold'\]"),
         (CSV, "text\na\n", None, "label", r"validation_file=.*no column \['label'\]"),
@@ -180,7 +180,7 @@ def test_bad_files(write, train, dev, texts, label, message):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("", "is empty"), ("[]", "has no rows"), ("{oops", "is no JSON that can be read: JSON parse")]
+    ("text", "message"), [("", "is empty"), ("[]", "has no rows"), ("{oops", "cannot be read as JSON: JSON parse")]
 )
 def test_bad_json(write, text, message):
     with pytest.raises(ValueError, match=message):

@@ -68,10 +68,10 @@ def test_bad_config_files(tmp_path):
     with pytest.raises(ValueError, match="mapping"):
         config_tokens(str(tmp_path / "a.yaml"), {"sam_rho"})
     (tmp_path / "a.yaml").write_text("sam_rho: !!python/object/apply:os.system ['true']\n")
-    with pytest.raises(ValueError, match=r"a\.yaml' is no YAML that can be read: .*python/object"):
+    with pytest.raises(ValueError, match=r"a\.yaml' cannot be read as YAML: .*python/object"):
         config_tokens(str(tmp_path / "a.yaml"), {"sam_rho"})
     (tmp_path / "a.yaml").write_text("sam_rho: [0.05\n")
-    with pytest.raises(ValueError, match=r"a\.yaml' is no YAML that can be read: [^\n]+$"):
+    with pytest.raises(ValueError, match=r"a\.yaml' cannot be read as YAML: [^\n]+$"):
         config_tokens(str(tmp_path / "a.yaml"), {"sam_rho"})
 
 

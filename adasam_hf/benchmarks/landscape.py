@@ -131,7 +131,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--rows and --batch_size must be at least 1, --points and --grid at least 2, --extent above 0")
     for path in args.checkpoints:
         if not str(path).startswith("pip:") and not path.is_dir():
-            raise FileNotFoundError(f"{path} is no folder of a model")
+            raise FileNotFoundError(f"{path} is not the folder of a model")
     if args.output.suffix not in FORMATS:
         parser.error(f"--output={args.output} must end as a picture does: {', '.join(FORMATS)}")
     if not args.output.parent.is_dir():
@@ -150,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = names if len(set(names)) == len(names) else [str(path) for path in args.checkpoints]
     found = {name: measure(path, args) for name, path in zip(names, args.checkpoints, strict=True)}
     if lost := [name for name, losses in found.items() if not np.isfinite(losses["line"]).any()]:
-        raise ValueError(f"the loss of {', '.join(lost)} is no number anywhere; has its training diverged?")
+        raise ValueError(f"the loss of {', '.join(lost)} is not a number anywhere; has its training diverged?")
     write_json(args.output.with_suffix(".json"), {**provenance(), "arguments": vars(args), "losses": found})
     plot(found, args)
     print(f"{args.output}: {', '.join(found)}")

@@ -132,7 +132,7 @@ def _keep_older_record(folder: Path) -> None:
 
 
 def _find_checkpoint(args: GlueTrainingArguments) -> str | None:
-    """The checkpoint to go on from. Refuses to start anew over the checkpoints of an old run."""
+    """The checkpoint to go on from. Refuses to start again over the checkpoints of an old run."""
     if not args.do_train:
         return None
     asked, last = args.resume_from_checkpoint, last_complete(args.output_dir)
@@ -151,5 +151,7 @@ def _find_checkpoint(args: GlueTrainingArguments) -> str | None:
             )
         return last
     if not Path(asked).is_dir():
-        raise FileNotFoundError(f"resume_from_checkpoint={asked!r} is no folder; give a checkpoint-N folder, or 'last'")
+        raise FileNotFoundError(
+            f"resume_from_checkpoint={asked!r} is not a folder; give a checkpoint-N folder, or 'last'"
+        )
     return asked

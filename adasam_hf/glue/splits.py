@@ -82,14 +82,13 @@ def tokenize_splits(
         padding = "max_length" if data_args.pad_to_max_length else False
         return tokenizer(*texts, padding=padding, max_length=length, truncation=True)
 
-    kept = {"label"}
     with args.main_process_first(desc="tokenization"):
         return DatasetDict(
             {
                 split: rows.map(
                     tokenize,
                     batched=True,
-                    remove_columns=[c for c in rows.column_names if c not in kept],
+                    remove_columns=[c for c in rows.column_names if c != "label"],
                     load_from_cache_file=not data_args.overwrite_cache,
                     desc=f"tokenize {split}",
                 )

@@ -30,7 +30,7 @@ def load(path: Path) -> Record:
         record["axes"]["method"], record["axes"]["seed"], record["metrics"]["train_runtime"], record["attempts"]
         record["commit"], record["dirty"], record["versions"].items(), record["hardware"]["accelerators"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no record of scripts/sweep_glue.py ({error!r}); delete it") from None
+        raise ValueError(f"{path} is not a record of a run ({error!r}); delete it") from None
     return record
 
 
