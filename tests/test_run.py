@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from helpers import snapshot
 from safetensors.torch import load_file
-from test_glue_data import snapshot
 from transformers import BertForSequenceClassification, EvalPrediction, TrainerCallback
 
 from adasam_hf import AdaSAMTrainer, quickstart

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from test_glue_data import snapshot
+from helpers import snapshot
 from transformers import BertForSequenceClassification
 
 from adasam_hf.cli import run_command
