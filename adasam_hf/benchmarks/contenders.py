@@ -55,7 +55,8 @@ def build_model(name: str) -> PreTrainedModel:
     torch.manual_seed(0)
     if name == "minilm":
         model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(resolve_path(MINILM), num_labels=2)
-        return model.train()
+        model.train()
+        return model
     hidden, layers, heads = SIZES[name]
     kind: type[BertConfig | RobertaConfig] = RobertaConfig if name.startswith("roberta") else BertConfig
     vocabulary = 50265 if kind is RobertaConfig else 5000 if name in ("1m", "4m", "11m") else 30522
@@ -68,7 +69,8 @@ def build_model(name: str) -> PreTrainedModel:
         max_position_embeddings=514,
     )
     model = AutoModelForSequenceClassification.from_config(config)
-    return model.train()
+    model.train()
+    return model
 
 
 def build_batches(count: int, size: int, vocabulary: int) -> list[Batch]:

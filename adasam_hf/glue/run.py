@@ -94,7 +94,7 @@ def _train(trainer: AdaSAMTrainer, rows: Dataset, checkpoint: str | None, task: 
 def _evaluate(trainer: AdaSAMTrainer, data: DatasetDict, task: Task, evaluation: Evaluation) -> dict[str, Any]:
     """The scores of each evaluation split, and how reliable its probabilities are."""
     scores: dict[str, float] = {}
-    bins: dict[str, list] = {}
+    bins: dict[str, list[dict[str, float]]] = {}
     for split, suffix in reversed(task.evaluations):  # the main one last: the model card shows the last
         found = trainer.evaluate(data[split], metric_key_prefix=f"eval{suffix}")
         scores |= {name.replace(f"eval{suffix}_", "eval_") + suffix: v for name, v in found.items() if name != "epoch"}

@@ -16,7 +16,7 @@ def load(path: Path) -> dict[str, Any]:
         ValueError: for a file that is none.
     """
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         record["arguments"].items(), record["axes"]["task_name"], record["seconds_per_row"]
         float(record["metrics"]["eval_loss"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -54,7 +54,8 @@ class Sweep:
     @property
     def axes(self) -> dict[str, list[Any]]:
         """The grid: axis → values."""
-        return self.content["axes"]
+        axes: dict[str, list[Any]] = self.content["axes"]
+        return axes
 
     @property
     def choose(self) -> dict[str, Any] | str | None:
