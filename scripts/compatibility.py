@@ -62,14 +62,14 @@ def cell(shown: list[dict]) -> str:
 
 def render(tests: list[dict]) -> str:
     """The tables, one to unfold for each group. A row without scopes says the same for both."""
-    rows = defaultdict(lambda: defaultdict(list))
+    rows: defaultdict[str, defaultdict[str, list[dict]]] = defaultdict(lambda: defaultdict(list))
     for test in tests:
         rows[test["group"]][test["what"]].append(test)
     if unknown := set(rows) - set(ORDER):
         raise ValueError(f"groups {sorted(unknown)} have no place in ORDER")
     lines = []
     for group in (g for g in ORDER if g in rows):
-        table, counts = [], Counter()
+        table, counts = [], Counter[str]()
         for what, shown in rows[group].items():
             common = [test for test in shown if test["scope"] is None]
             cells = [cell(common + [test for test in shown if test["scope"] == scope]) for scope in SCOPES]

@@ -14,5 +14,5 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
             files.append(File(name, str(root), config.site_dir, config.use_directory_urls))
 
 
-def on_page_markdown(markdown: str, **_) -> str:
+def on_page_markdown(markdown: str, **_: object) -> str:
     return markdown.replace("](../results/", "](results/")

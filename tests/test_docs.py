@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_glue_data import snapshot
+from helpers import snapshot
 
 import adasam_hf
 from adasam_hf.cli import COMMANDS, run_command

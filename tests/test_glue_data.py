@@ -1,7 +1,8 @@
 import json
 
 import pytest
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from datasets import DatasetDict
+from helpers import snapshot
 
 from adasam_hf.glue.data import load_files, load_task, resolve_path
 from adasam_hf.glue.tasks import TASKS, get_task
@@ -23,30 +24,6 @@ def write(tmp_path):
         return str(tmp_path / name)
 
     return write
-
-
-def snapshot(folder, task, labels=(0, 1, 0), test_labels=(-1, -1), texts=None, names=None):
-    """A small GLUE task in the hub's layout."""
-    columns = {c: Value("string") for c in texts or task.texts}
-    label = Value("float32") if task.is_regression else ClassLabel(names=list(names or task.labels))
-    features = Features({**columns, "label": label, "idx": Value("int32")})
-
-    def rows(values):
-        values = [float(v) for v in values] if task.is_regression else list(values)
-        content = {c: [f"{c} {i}" for i in range(len(values))] for c in columns}
-        return Dataset.from_dict({**content, "label": values, "idx": list(range(len(values)))}, features=features)
-
-    splits = {"train": rows(labels)}
-    splits |= {split: rows(labels) for split, _ in task.evaluations}
-    splits |= {split: rows(test_labels) for split, _ in task.submissions}
-    lines = ["---", "configs:", f"- config_name: {task.name}", "  data_files:"]
-    for split, content in splits.items():
-        path = folder / task.name / f"{split}-00000-of-00001.parquet"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        content.to_parquet(path)
-        lines += [f"  - split: {split}", f"    path: {task.name}/{split}-*"]
-    (folder / "README.md").write_text("\n".join([*lines, "---", ""]))
-    return str(folder)
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -75,7 +52,7 @@ def test_what_the_real_snapshot_lacks_is_named(glue_snapshot):
 def test_missing_folder():
     with pytest.raises(FileNotFoundError, match="nyu-mll/glue"):
         load_task(get_task("cola"), "./nowhere", ["train"])
-    with pytest.raises(FileNotFoundError, match="dataset_name_or_path='nowhere' is no folder here"):
+    with pytest.raises(FileNotFoundError, match="dataset_name_or_path='nowhere' is not a folder, and"):
         load_task(get_task("cola"), "nowhere", ["train"])
 
 
@@ -162,7 +139,7 @@ def test_files_for_a_glue_task(write):
         ("text,label\na,0.5\nb,nan\nc,1\n", CSV, None, "label", "'nan', which mostly stands for"),
         ("", CSV, None, "label", r"train_file=.*train\.csv' is empty"),
         (CSV, "text,label\n", None, "label", r"validation_file=.*dev\.csv' has no rows"),
-        (CSV, "text,label\na,1\nb,0,2,3\n", None, "label", r"validation_file=.*is no CSV that can be read: .*line 3"),
+        (CSV, "text,label\na,1\nb,0,2,3\n", None, "label", r"validation_file=.*cannot be read as CSV: .*line 3"),
         (CSV, CSV, ["sentence"], "label", r"no column \['sentence'\], only \['text', 'label'\]"),
         (CSV, CSV, None, "gold", r"no column \['gold'\]"),
         (CSV, "text\na\n", None, "label", r"validation_file=.*no column \['label'\]"),
@@ -180,7 +157,7 @@ def test_bad_files(write, train, dev, texts, label, message):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("", "is empty"), ("[]", "has no rows"), ("{oops", "is no JSON that can be read: JSON parse")]
+    ("text", "message"), [("", "is empty"), ("[]", "has no rows"), ("{oops", "cannot be read as JSON: JSON parse")]
 )
 def test_bad_json(write, text, message):
     with pytest.raises(ValueError, match=message):

@@ -579,7 +579,7 @@ PARTS = {  # records, what the page has
         ["| lion | 80.00 (one seed) |", "| table1 | SST2 | lion |"],
     ),
     "no gap": (without_gap(grid(GAIN)), ["## With momentum"]),
-    "a gap that is no number": (gap_of_nan(grid(GAIN)), ["| AdaSAM | 100.0 (one seed, 1 of 2 diverged) |"]),
+    "a gap that is not a number": (gap_of_nan(grid(GAIN)), ["| AdaSAM | 100.0 (one seed, 1 of 2 diverged) |"]),
     "no losses": (changed(grid(GAIN), lambda run: []), ["loss.png", "`sam_gap`"]),
     "one run": ([record()], ["80.00 (one seed)", "`sam_gap`"]),
     "radii of one task of two": ([*BOTH, record(sweep="radius", sam_rho=0.1)], ["radius.png"]),
@@ -607,7 +607,7 @@ WITHOUT = [
 def test_a_file_that_is_no_record_is_named(tmp_path, text):
     put(tmp_path, [record()])
     (tmp_path / "records" / "table1" / "broken.json").write_text(text)
-    with pytest.raises(ValueError, match=r"broken\.json is no record"):
+    with pytest.raises(ValueError, match=r"broken\.json is not a record"):
         report(tmp_path)
 
 

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from helpers import snapshot
 from safetensors.torch import load_file
-from test_glue_data import snapshot
 from transformers import BertForSequenceClassification, EvalPrediction, TrainerCallback
 
-from adasam_hf import AdaSAMTrainer, quickstart
+from adasam_hf import AdaSAMTrainer
 from adasam_hf.cli import run_command
-from adasam_hf.glue import arguments
+from adasam_hf.glue import arguments, comparison
 from adasam_hf.glue import record as record_module
 from adasam_hf.glue import run as run_module
 from adasam_hf.glue.arguments import config_tokens, parse
@@ -68,10 +68,10 @@ def test_bad_config_files(tmp_path):
     with pytest.raises(ValueError, match="mapping"):
         config_tokens(str(tmp_path / "a.yaml"), {"sam_rho"})
     (tmp_path / "a.yaml").write_text("sam_rho: !!python/object/apply:os.system ['true']\n")
-    with pytest.raises(ValueError, match=r"a\.yaml' is no YAML that can be read: .*python/object"):
+    with pytest.raises(ValueError, match=r"a\.yaml' cannot be read as YAML: .*python/object"):
         config_tokens(str(tmp_path / "a.yaml"), {"sam_rho"})
     (tmp_path / "a.yaml").write_text("sam_rho: [0.05\n")
-    with pytest.raises(ValueError, match=r"a\.yaml' is no YAML that can be read: [^\n]+$"):
+    with pytest.raises(ValueError, match=r"a\.yaml' cannot be read as YAML: [^\n]+$"):
         config_tokens(str(tmp_path / "a.yaml"), {"sam_rho"})
 
 
@@ -389,11 +389,11 @@ def test_a_head_for_other_labels_predicts_nothing(flags, files, tiny, tmp_path):
 def test_what_the_quickstart_shows(tmp_path):
     bins = [{"count": 3, "confidence": 0.6, "accuracy": 2 / 3}, {"count": 1, "confidence": 0.95, "accuracy": 1.0}]
     common = {"loss": 0.5, "calibration": 0.1, "sam_gap": 0.2, "seconds": 9.6, "reliability": bins}
-    rows = [{"optim": o, "seed": s, "accuracy": 0.7 + s / 10, **common} for o in quickstart.OPTIMIZERS for s in (0, 1)]
-    header, amsgrad, adasam = quickstart.table(rows).splitlines()
+    rows = [{"optim": o, "seed": s, "accuracy": 0.7 + s / 10, **common} for o in comparison.OPTIMIZERS for s in (0, 1)]
+    header, amsgrad, adasam = comparison.table(rows).splitlines()
     assert header.split() == ["optimizer", "accuracy", "loss", "calibration", "sam_gap", "seconds"]
     assert amsgrad.split()[:4] == ["amsgrad", "0.7500", "±", "0.0707"] and adasam.split()[-1] == "10"
-    quickstart.plot_reliability(rows, tmp_path / "r.png")
+    comparison.plot_reliability(rows, tmp_path / "r.png")
     assert (tmp_path / "r.png").stat().st_size > 5000
 
 

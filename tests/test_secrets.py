@@ -103,7 +103,7 @@ def test_yaml_runs_nothing(flags, files, tmp_path):
     mark = tmp_path / "ran"
     text = f"run_name: !!python/object/apply:builtins.open ['{mark}', w]\n"
     (tmp_path / "bad.yaml").write_text(text)
-    with pytest.raises(ValueError, match="is no YAML that can be read: could not determine a constructor"):
+    with pytest.raises(ValueError, match="cannot be read as YAML: could not determine a constructor"):
         parse([*flags, *files, "--do_train", f"--config={tmp_path / 'bad.yaml'}"])
     assert not mark.exists()
     yaml.unsafe_load(text)

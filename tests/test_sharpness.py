@@ -324,7 +324,7 @@ def test_the_picture(tiny, files, tmp_path, capsys):
     assert run_command("landscape", [tiny, f"--train_file={three}", f"--output={output}"]) == 2
     assert "a checkpoint has 2 labels" in capsys.readouterr().err
     for words, message in (
-        ([str(tmp_path / "gone"), f"--train_file={train}"], "gone is no folder of a model"),
+        ([str(tmp_path / "gone"), f"--train_file={train}"], "gone is not the folder of a model"),
         ([tiny, f"--train_file={train}", "--output=x.pgn"], "--output=x.pgn must end as a picture does"),
     ):
         assert run_command("landscape", words) == 2

@@ -5,7 +5,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from test_glue_data import snapshot
+from helpers import snapshot
 
 from adasam_hf.cli import run_command
 from adasam_hf.glue.run import main as run_glue

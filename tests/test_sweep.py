@@ -18,7 +18,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from test_glue_data import snapshot
+from helpers import snapshot
 from transformers import BertForSequenceClassification
 
 from adasam_hf.cli import run_command
@@ -205,9 +205,9 @@ def choice(arguments=HELD_OUT, seeds=None, **grid):
 def test_broken_yaml_is_named(tmp_path):
     path = tmp_path / "sweep.yaml"
     path.write_text("axes: {task_name: [rte\n")
-    with pytest.raises(ValueError, match=r"sweep\.yaml is no YAML: [^\n]+$"):
+    with pytest.raises(ValueError, match=r"sweep\.yaml cannot be read as YAML: [^\n]+$"):
         Sweep(path)
-    with pytest.raises(ValueError, match=r"configs/\{metod\}.yaml' has a name that is no axis; known are .*\{method\}"):
+    with pytest.raises(ValueError, match=r"metod\}.yaml' has a name that is not an axis; known are .*\{method\}"):
         Sweep(write_sweep(tmp_path, configs=["configs/{metod}.yaml", "{method}"])).trials()
 
 
@@ -488,7 +488,7 @@ def test_a_file_that_is_no_record_is_named(tmp_path):
     for text in ("", "[]", '{"arguments": {}}', without_loss, json.dumps(whole | {"axes": {}})):
         run.record.write_text(text)
         for use in (lambda: check([run]), lambda: estimate(others)):
-            with pytest.raises(ValueError, match=f"{re.escape(run.record.name)} is no record of a run"):
+            with pytest.raises(ValueError, match=f"{re.escape(run.record.name)} is not a record of a run"):
                 use()
 
 
@@ -499,7 +499,7 @@ def test_a_dry_run_calls_no_broken_record_finished(tmp_path, monkeypatch, capsys
     for text in ("", '{"arguments": {}'):
         final.record.write_text(text)
         assert run_command("sweep", [str(path), "--dry_run"]) == 2
-        assert f"{final.record.name} is no record of a run" in capsys.readouterr().err
+        assert f"{final.record.name} is not a record of a run" in capsys.readouterr().err
 
 
 def test_what_would_make_every_run_fail_is_found_before_the_first(tmp_path, tiny, glue, monkeypatch, capsys):
@@ -513,7 +513,7 @@ def test_what_would_make_every_run_fail_is_found_before_the_first(tmp_path, tiny
 
     with monkeypatch.context() as patch:  # a folder that is not there needs no look at the runs
         patch.setattr(procedure, "run_sweep", lambda *_: pytest.fail("too late"))
-        assert "dataset_name_or_path='./nowhere' is no folder" in error(path, "./nowhere")
+        assert "dataset_name_or_path='./nowhere' is not a folder" in error(path, "./nowhere")
     assert "has no task 'mrpc', only ['rte']" in error(path, glue("rte"))
     place = tmp_path / tmp_path.name / "records"
     shutil.rmtree(place)
@@ -521,7 +521,7 @@ def test_what_would_make_every_run_fail_is_found_before_the_first(tmp_path, tiny
     assert str(place) in error(path, glue("rte"))
     place.unlink()
     missing = write_sweep(tmp_path, arguments=arguments | {"model_name_or_path": "./nowhere"})
-    assert "model_name_or_path='./nowhere' is no folder" in error(missing, glue("rte"))
+    assert "model_name_or_path='./nowhere' is not a folder" in error(missing, glue("rte"))
 
 
 def test_a_model_to_start_from_that_is_gone_is_made_again(tmp_path):
@@ -591,7 +591,7 @@ def test_a_trial_that_fails_for_good_stops_the_others(tmp_path, monkeypatch, sam
     monkeypatch.setattr(engines, "execute", fail)
     for needed in (True, False):  # seeds do not need each other
         order.clear()
-        engine = engines.Local(1)
+        engine = engines.Processes(1)
         failures = engines.do(runs, engine, [], needed=needed)
         engine.close()
         engine.pool.shutdown(wait=True)

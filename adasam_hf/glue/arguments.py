@@ -43,7 +43,7 @@ class ModelArguments:
         default=None,
         metadata={
             "help": "A finished run of this script (its output_dir): start from its weights under a new head (as "
-            "RTE, MRPC and STS-B from MNLI in the paper [remembered, not re-read]). model_name_or_path stays that of "
+            "RTE, MRPC and STS-B from MNLI in the paper ). model_name_or_path stays that of "
             "the run."
         },
     )
@@ -157,13 +157,13 @@ def config_tokens(path: str, known: set[str]) -> list[str]:
 
     Raises:
         FileNotFoundError: without the file.
-        ValueError: if it is no YAML or no mapping, or has a key that is not `known`.
+        ValueError: if it is not YAML or not a mapping, or has a key that is not `known`.
     """
     text = read_text(find_config(path), f"config={path!r}")
     try:
         typed, plain = yaml.safe_load(text), yaml.load(text, Loader=yaml.BaseLoader)
     except yaml.YAMLError as error:
-        raise ValueError(f"config={path!r} is no YAML that can be read: {' '.join(str(error).split())}") from error
+        raise ValueError(f"config={path!r} cannot be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(typed, dict):
         raise ValueError(f"config={path!r} must be a mapping of argument names to values")
     if unknown := sorted(set(typed) - known):

@@ -25,9 +25,9 @@ def read_text(path: Path, where: str) -> str:
     """A text file in UTF-8.
 
     Raises:
-        ValueError: if it is no such file; the message begins with `where`.
+        ValueError: if it is not such a file; the message begins with `where`.
     """
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{where} is no text in UTF-8 ({error}); save it as such") from None
+        raise ValueError(f"{where} is not text in UTF-8 ({error}); save it as such") from None

@@ -44,14 +44,14 @@ def load_task(
     """
     if name_or_path.startswith((".", "/", "~")) and not Path(name_or_path).expanduser().is_dir():
         raise FileNotFoundError(
-            f"dataset_name_or_path={name_or_path!r} is no folder; give a snapshot of nyu-mll/glue, or the hub's name"
+            f"dataset_name_or_path={name_or_path!r} is not a folder; give a snapshot of nyu-mll/glue, or the hub's name"
         )
     name_or_path = str(Path(name_or_path).expanduser()) if name_or_path.startswith("~") else name_or_path
     try:
         available = get_dataset_config_names(name_or_path, token=token)
     except OSError as error:
         raise FileNotFoundError(
-            f"dataset_name_or_path={name_or_path!r} is no folder here, and not to be had from the hub ({error}); give "
+            f"dataset_name_or_path={name_or_path!r} is not a folder, and cannot be had from the hub ({error}); give "
             "a snapshot of nyu-mll/glue, or the hub's name and a connection"
         ) from error
     if task.name not in available:
@@ -124,7 +124,7 @@ def _read_file(path: Path, where: str) -> Dataset:
         return load_dataset(FILE_FORMATS[path.suffix], data_files=str(path), split="train", **options)
     except DatasetGenerationError as error:
         reason = " ".join(str(error.__cause__ or error).split())
-        raise ValueError(f"{where} is no {path.suffix[1:].upper()} that can be read: {reason}") from error
+        raise ValueError(f"{where} cannot be read as {path.suffix[1:].upper()}: {reason}") from error
     except ValueError as error:
         if "corresponds to no data" not in str(error):
             raise

@@ -1,5 +1,6 @@
 # One import a line and no relative ones: `evaluate` copies this file and scans it for dependencies.
 import collections.abc
+import typing
 
 import datasets
 import evaluate
@@ -19,7 +20,9 @@ _CITATION = """@inproceedings{wang2019glue,
 }"""
 
 
-def _correlation(function: collections.abc.Callable, predictions: numpy.ndarray, references: numpy.ndarray) -> float:
+def _correlation(
+    function: collections.abc.Callable[..., typing.Any], predictions: numpy.ndarray, references: numpy.ndarray
+) -> float:
     if numpy.ptp(predictions) == 0 or numpy.ptp(references) == 0:
         return 0.0
     return float(function(predictions, references)[0])
@@ -34,7 +37,7 @@ METRICS = {
 }
 
 
-class GlueMetric(evaluate.Metric):
+class GlueMetric(evaluate.Metric):  # type: ignore[misc]  # evaluate has no types
     """One of `METRICS`, chosen by the configuration name."""
 
     def _info(self) -> evaluate.MetricInfo:
@@ -53,6 +56,6 @@ class GlueMetric(evaluate.Metric):
             ),
         )
 
-    def _compute(self, predictions: list, references: list) -> dict[str, float]:
+    def _compute(self, predictions: list[float], references: list[float]) -> dict[str, float]:
         value = METRICS[self.config_name](numpy.asarray(predictions), numpy.asarray(references))
         return {self.config_name: value}

@@ -11,7 +11,7 @@ from transformers import EvalPrediction
 BINS = 15  # of equal width, of the confidence
 
 
-def predictions_of(logits: np.ndarray | tuple, is_regression: bool) -> np.ndarray:
+def predictions_of(logits: np.ndarray | tuple[np.ndarray, ...], is_regression: bool) -> np.ndarray:
     """Model output → one prediction per row: the score for regression, otherwise the index of the largest logit."""
     logits = logits[0] if isinstance(logits, tuple) else logits
     return logits.reshape(-1) if is_regression else logits.argmax(axis=-1)

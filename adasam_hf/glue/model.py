@@ -19,7 +19,7 @@ from .tasks import Task
 def load_model(model_args: ModelArguments, task: Task, trains: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model with a head for the task, and its tokenizer.
 
-    trains: whether a head of other labels may be trained anew.
+    trains: whether a head of other labels may be trained again.
 
     Raises:
         ValueError: for a head whose labels are in another order, or, if it is not trained, others.
@@ -27,7 +27,9 @@ def load_model(model_args: ModelArguments, task: Task, trains: bool) -> tuple[Pr
     """
     path = resolve_path(model_args.model_name_or_path)
     if path.startswith((".", "/", "~")) and not Path(path).expanduser().is_dir():
-        raise FileNotFoundError(f"model_name_or_path={path!r} is no folder; give one with a config.json, or a hub name")
+        raise FileNotFoundError(
+            f"model_name_or_path={path!r} is not a folder; give one with a config.json, or a hub name"
+        )
     common = {
         "cache_dir": model_args.cache_dir,
         "revision": model_args.model_revision,
@@ -69,7 +71,7 @@ def _take_weights(model: PreTrainedModel, run: str) -> None:
     """Everything below the head, from a finished run. The head stays the new one, also where the labels are alike."""
     if not (Path(run) / "record.json").is_file():
         raise FileNotFoundError(
-            f"init_from={run!r} has no record.json, so it is no finished run; finish that run first"
+            f"init_from={run!r} has no record.json, so that run is not finished; finish that run first"
         )
     other = AutoModelForSequenceClassification.from_pretrained(run)
     if type(other) is not type(model):

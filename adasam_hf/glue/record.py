@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import Trainer
@@ -18,7 +19,7 @@ import adasam_hf
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "evaluate", "numpy", "scikit-learn", "scipy")
 
 
-def write_json(path: Path, content: dict) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write `content` whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -29,7 +30,7 @@ def write_json(path: Path, content: dict) -> None:
     os.replace(temporary, path)
 
 
-def provenance() -> dict:
+def provenance() -> dict[str, Any]:
     """Commit (and whether files differ from it), versions and hardware."""
     # An installed copy may lie inside the repository of someone else's project.
     tracked = _git("ls-files", "--error-unmatch", "__init__.py") is not None
@@ -52,20 +53,28 @@ def provenance() -> dict:
     }
 
 
-def write_record(path: Path, origin: dict, trainer: Trainer, arguments: Iterable, metrics: dict) -> None:
+def write_record(
+    path: Path, origin: dict[str, Any], trainer: Trainer, arguments: Iterable[Any], metrics: dict[str, Any]
+) -> None:
     """The record of a run of `trainer`; `origin` is `provenance` as the run began, `arguments` are dataclasses beside
     the trainer's own. Tokens are blanked."""
     write_json(
         path,
         {
             **origin,
-            "command": [Path(sys.argv[0]).name, *_without_tokens(sys.argv[1:])],
+            "command": [_program(), *_without_tokens(sys.argv[1:])],
             "seed": trainer.args.seed,
             "arguments": {k: v for a in arguments for k, v in dataclasses.asdict(a).items()} | trainer.args.to_dict(),
             "metrics": metrics,
             "log_history": trainer.state.log_history,
         },
     )
+
+
+def _program() -> str:
+    """The name of what runs; `python -m adasam_hf` is `adasam`."""
+    name = Path(sys.argv[0]).name
+    return "adasam" if name == "__main__.py" else name
 
 
 def _without_tokens(argv: list[str]) -> list[str]:

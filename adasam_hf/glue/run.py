@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from datasets import Dataset, DatasetDict
 from transformers import DataCollatorWithPadding, set_seed
 
 from ..checkpoints import last_complete
@@ -19,6 +20,7 @@ from .model import load_model
 from .record import provenance, write_record
 from .splits import load_splits, tokenize_splits
 from .submission import write_submission
+from .tasks import Task
 
 GAP_BATCHES = 4
 logger = transformers.utils.logging.get_logger(__name__)
@@ -48,8 +50,7 @@ def run(
     set_seed(args.seed)
     model, tokenizer = load_model(model_args, task, args.do_train)
     data = tokenize_splits(data, task, tokenizer, data_args, args)
-    compute_metrics = Evaluation(task.metrics, task.is_regression)
-
+    evaluation = Evaluation(task.metrics, task.is_regression)
     trainer = trainer_class(
         model=model,
         args=args,
@@ -57,7 +58,7 @@ def run(
         eval_dataset=data.get("selection", data[task.evaluations[0][0]] if args.do_eval else None),
         processing_class=tokenizer,
         data_collator=DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8),
-        compute_metrics=compute_metrics,
+        compute_metrics=evaluation,
     )
     # Classification heads take **kwargs, so the Trainer believes that they divide by num_items_in_batch. They do not:
     # it would sum over micro-batches, and results would depend on how a batch is split.
@@ -65,53 +66,73 @@ def run(
 
     metrics: dict[str, Any] = {}
     if args.do_train:
-        metrics |= trainer.train(resume_from_checkpoint=checkpoint).metrics
-        metrics["train_samples"] = len(data["train"])
-        metrics["train_constant_loss"] = constant_loss(data["train"]["label"][:], task.is_regression)
-        trainer.save_model()
-        trainer.log_metrics("train", metrics)
-        trainer.save_metrics("train", metrics)
-        trainer.save_state()
+        metrics |= _train(trainer, data["train"], checkpoint, task)
     if args.do_eval:
-        scores: dict[str, float] = {}
-        bins: dict[str, list] = {}
-        for split, suffix in reversed(task.evaluations):  # the main one last: the model card shows the last
-            found = trainer.evaluate(data[split], metric_key_prefix=f"eval{suffix}")
-            scores |= {
-                name.replace(f"eval{suffix}_", "eval_") + suffix: v for name, v in found.items() if name != "epoch"
-            }
-            scores[f"eval_samples{suffix}"] = len(data[split])
-            bins[f"eval_reliability{suffix}"] = compute_metrics.reliability
-        trainer.log_metrics("eval", scores)
-        trainer.save_metrics("eval", scores)
-        metrics |= scores | bins
+        metrics |= _evaluate(trainer, data, task, evaluation)
     if args.do_predict:
-        for split, file in task.submissions:
-            rows = data[split]
-            if "label" in rows.column_names:
-                rows = rows.remove_columns("label")  # hidden labels are -1, of which no loss can be taken
-            output = trainer.predict(rows, metric_key_prefix="predict").predictions
-            if trainer.is_world_process_zero():
-                write_submission(Path(args.output_dir) / file, task, predictions_of(output, task.is_regression))
+        _predict(trainer, data, task)
     if args.do_train and data_args.measure_gap is not None:
-        # in float32; last, as unwrapping takes autocast off the model itself
-        model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-        batches = itertools.islice(trainer.get_train_dataloader(), GAP_BATCHES)
-        metrics["final_sam_gap"] = sam_gap(model, batches, data_args.measure_gap)
+        metrics["final_sam_gap"] = _gap(trainer, data_args.measure_gap)
+    _write_card(trainer, model_args, data_args, task)
+    if trainer.is_world_process_zero():
+        _keep_older_record(Path(args.output_dir))
+        write_record(Path(args.output_dir) / "record.json", origin, trainer, (model_args, data_args), metrics)
+    return trainer
 
+
+def _train(trainer: AdaSAMTrainer, rows: Dataset, checkpoint: str | None, task: Task) -> dict[str, Any]:
+    metrics: dict[str, Any] = dict(trainer.train(resume_from_checkpoint=checkpoint).metrics)
+    metrics["train_samples"] = len(rows)
+    metrics["train_constant_loss"] = constant_loss(rows["label"][:], task.is_regression)
+    trainer.save_model()
+    trainer.log_metrics("train", metrics)
+    trainer.save_metrics("train", metrics)
+    trainer.save_state()
+    return metrics
+
+
+def _evaluate(trainer: AdaSAMTrainer, data: DatasetDict, task: Task, evaluation: Evaluation) -> dict[str, Any]:
+    """The scores of each evaluation split, and how reliable its probabilities are."""
+    scores: dict[str, float] = {}
+    bins: dict[str, list[dict[str, float]]] = {}
+    for split, suffix in reversed(task.evaluations):  # the main one last: the model card shows the last
+        found = trainer.evaluate(data[split], metric_key_prefix=f"eval{suffix}")
+        scores |= {name.replace(f"eval{suffix}_", "eval_") + suffix: v for name, v in found.items() if name != "epoch"}
+        scores[f"eval_samples{suffix}"] = len(data[split])
+        bins[f"eval_reliability{suffix}"] = evaluation.reliability
+    trainer.log_metrics("eval", scores)
+    trainer.save_metrics("eval", scores)
+    return scores | bins
+
+
+def _predict(trainer: AdaSAMTrainer, data: DatasetDict, task: Task) -> None:
+    """Write the files of the task's test splits."""
+    for split, file in task.submissions:
+        rows = data[split]
+        if "label" in rows.column_names:
+            rows = rows.remove_columns("label")  # hidden labels are -1, of which no loss can be taken
+        output = trainer.predict(rows, metric_key_prefix="predict").predictions
+        if trainer.is_world_process_zero():
+            predictions = predictions_of(output, task.is_regression)
+            write_submission(Path(trainer.args.output_dir) / file, task, predictions)
+
+
+def _gap(trainer: AdaSAMTrainer, radius: float) -> float:
+    """`sam_gap` in float32; to be taken last, as unwrapping takes autocast off the model itself."""
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    return sam_gap(model, itertools.islice(trainer.get_train_dataloader(), GAP_BATCHES), radius)
+
+
+def _write_card(trainer: AdaSAMTrainer, model_args: ModelArguments, data_args: DataArguments, task: Task) -> None:
     card: dict[str, Any] = {"tasks": "text-classification"}
     if not model_args.model_name_or_path.startswith("pip:"):  # which the hub has not, and a card would link there
         card["finetuned_from"] = model_args.model_name_or_path
     if data_args.task_name:
         card |= {"dataset_tags": "glue", "dataset_args": task.name, "dataset": f"GLUE {task.name.upper()}"}
-    if args.push_to_hub:
+    if trainer.args.push_to_hub:
         trainer.push_to_hub(**card)
     else:
         trainer.create_model_card(**card)
-    if trainer.is_world_process_zero():
-        _keep_older_record(Path(args.output_dir))
-        write_record(Path(args.output_dir) / "record.json", origin, trainer, (model_args, data_args), metrics)
-    return trainer
 
 
 def _prepare_folder(folder: Path) -> None:
@@ -132,7 +153,7 @@ def _keep_older_record(folder: Path) -> None:
 
 
 def _find_checkpoint(args: GlueTrainingArguments) -> str | None:
-    """The checkpoint to go on from. Refuses to start anew over the checkpoints of an old run."""
+    """The checkpoint to go on from. Refuses to start again over the checkpoints of an old run."""
     if not args.do_train:
         return None
     asked, last = args.resume_from_checkpoint, last_complete(args.output_dir)
@@ -151,5 +172,7 @@ def _find_checkpoint(args: GlueTrainingArguments) -> str | None:
             )
         return last
     if not Path(asked).is_dir():
-        raise FileNotFoundError(f"resume_from_checkpoint={asked!r} is no folder; give a checkpoint-N folder, or 'last'")
+        raise FileNotFoundError(
+            f"resume_from_checkpoint={asked!r} is not a folder; give a checkpoint-N folder, or 'last'"
+        )
     return asked

@@ -1,5 +1,7 @@
 """The splits that one run uses: which rows train, which evaluate, which predict; tokenized."""
 
+from typing import Any
+
 import numpy as np
 from datasets import Dataset, DatasetDict
 from transformers import BatchEncoding, PreTrainedTokenizerBase
@@ -77,19 +79,19 @@ def tokenize_splits(
     """The splits with token ids in place of their texts."""
     length = min(data_args.max_seq_length, tokenizer.model_max_length)
 
-    def tokenize(rows: dict) -> BatchEncoding:
+    def tokenize(rows: dict[str, list[Any]]) -> BatchEncoding:
         texts = [rows[column] for column in task.texts]
         padding = "max_length" if data_args.pad_to_max_length else False
-        return tokenizer(*texts, padding=padding, max_length=length, truncation=True)
+        encoded: BatchEncoding = tokenizer(*texts, padding=padding, max_length=length, truncation=True)
+        return encoded
 
-    kept = {"label"}
     with args.main_process_first(desc="tokenization"):
         return DatasetDict(
             {
                 split: rows.map(
                     tokenize,
                     batched=True,
-                    remove_columns=[c for c in rows.column_names if c not in kept],
+                    remove_columns=[c for c in rows.column_names if c != "label"],
                     load_from_cache_file=not data_args.overwrite_cache,
                     desc=f"tokenize {split}",
                 )

@@ -4,6 +4,7 @@ import os
 import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from ..console import CommandParser
 from .configs import read_text
@@ -40,7 +41,7 @@ ROWS = {
 }
 
 
-def write_submission(path: Path, task: Task, predictions: Iterable) -> None:
+def write_submission(path: Path, task: Task, predictions: Iterable[Any]) -> None:
     """A TSV file as the GLUE leaderboard takes it: index and prediction; scores of STS-B are cut to [0, 5]."""
     with open(path, "w", encoding="utf-8") as file:
         file.write("index\tprediction\n")

@@ -88,7 +88,7 @@ TASKS = MappingProxyType(
 def get_task(name: str) -> Task:
     """The task called `name`; ValueError with the list of names if there is none."""
     if name not in TASKS:
-        raise ValueError(f"task_name={name!r} is no GLUE task; choose one of {', '.join(TASKS)}")
+        raise ValueError(f"task_name={name!r} is not a GLUE task; choose one of {', '.join(TASKS)}")
     return TASKS[name]
 
 

@@ -62,9 +62,9 @@ class Choice:
 
 def choices(runs: Sequence[Record], trials: Sequence[Record]) -> list[Choice]:
     """By sweep, task and method, of those that have run and had trials of their own."""
-    found: dict[tuple, list[tuple[dict, dict[int, Record]]]] = {}
-    for (*place, point), seeds in points(trials).items():
-        found.setdefault(tuple(place), []).append((dict(point), seeds))
+    found: dict[tuple[str, str, str], list[tuple[dict[str, float], dict[int, Record]]]] = {}
+    for (sweep, task, method, point), seeds in points(trials).items():
+        found.setdefault((sweep, task, method), []).append((dict(point), seeds))
     out = []
     for sweep, task in sorted({place[:2] for place in found}):
         for method in in_order(m for s, t, m in found if (s, t) == (sweep, task)):

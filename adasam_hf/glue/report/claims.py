@@ -27,7 +27,7 @@ Tasks on which one of two methods had more trials than the other, or was run wit
 nothing between them. Runs of one cell with other arguments are refused. Sweeps with names of their own have tables of
 score, loss and calibration.
 
-A run whose loss on the evaluation rows is no number has diverged: it has no score, and no pair.
+A run whose loss on the evaluation rows is not a number has diverged: it has no score, and no pair.
 """
 READ, REMEMBERED = "read", "remembered, not re-read"  # how a claim of the paper is known
 Side: TypeAlias = tuple[Grid, str]
@@ -73,13 +73,13 @@ def claims(with_momentum: Grid, without: Grid, sizes: Sequence[Record], made: Se
 
 
 def _compare(one: Side, other: Side, choices: Choices) -> tuple[str, str, Difference]:
-    """Verdict, number and difference of the averages over the tasks that both have, without those of `_left_out`."""
+    """Verdict, number and difference of the averages over the tasks that both have, without those of `_excluded`."""
     common = [task for task in one[0].tasks if task in other[0].tasks]
     chosen = {task: [choices.get((grid.sweep, task, method)) for grid, method in (one, other)] for task in common}
-    out_of = _left_out(one, other, chosen)
-    tasks = [task for task in common if not any(task in found for found in out_of.values())]
+    excluded = _excluded(one, other, chosen)
+    tasks = [task for task in common if not any(task in found for found in excluded.values())]
     difference = Difference.between(*(grid.only(tasks).average(method) for grid, method in (one, other)))
-    without = "".join(f"; left out, as {why}: {shown(found)}" for why, found in out_of.items() if found)
+    without = "".join(f"; left out, as {why}: {shown(found)}" for why, found in excluded.items() if found)
     if not difference.values:
         return UNKNOWN, f"no pairs of runs{without}", difference
     notes = [c.edge for task in tasks for c in chosen[task] if c is not None and c.edge]
@@ -87,7 +87,7 @@ def _compare(one: Side, other: Side, choices: Choices) -> tuple[str, str, Differ
     return difference.verdict(), "; ".join([number, *dict.fromkeys(notes)]), difference
 
 
-def _left_out(one: Side, other: Side, chosen: Mapping[str, Sequence[Choice | None]]) -> dict[str, list[str]]:
+def _excluded(one: Side, other: Side, chosen: Mapping[str, Sequence[Choice | None]]) -> dict[str, list[str]]:
     """Why a task decides nothing → the tasks of which that holds."""
     tie: list[str] = []
     unfair: list[str] = []

@@ -46,7 +46,7 @@ def content(runs: Sequence[Record], trials: Sequence[Record], folder: Path) -> d
     """What the template has names for."""
     records = [*runs, *trials]
     sweeps = {r["sweep"] for r in records}
-    own = sorted(sweeps - PAPER_SWEEPS)
+    others = sorted(sweeps - PAPER_SWEEPS)
     table1, table2, mnli_first = (Grid.of(runs, sweep) for sweep in ("table1", "table2", "mnli_first"))
     sizes, radii = ([r for r in runs if r["sweep"] == sweep] for sweep in ("batch_size", "radius"))
     searched = [t for t in trials if t["sweep"] == "table1"]
@@ -61,8 +61,8 @@ def content(runs: Sequence[Record], trials: Sequence[Record], folder: Path) -> d
         "model": ", ".join(sorted({r["arguments"]["model_name_or_path"] for r in records})),
         "folder": folder,
         "origin": origin(records),
-        "own": [own_section(sweep, runs, trials, folder) for sweep in own],
-        "verdicts": len(own) < len(sweeps)
+        "others": [sweep_section(sweep, runs, trials, folder) for sweep in others],
+        "verdicts": len(others) < len(sweeps)
         and markdown(["claim", "known from", "verdict", "the number that decides"], verdicts),
         "paper": [paper_section(grid, title) for grid, title in titles if grid.runs],
         "losses": bool(table1.runs),
@@ -106,7 +106,7 @@ def batch_sizes_table(sizes: Sequence[Record]) -> str:
     return markdown(["task", "level", "seed", "b: iterations to the level"], rows)
 
 
-def own_section(sweep: str, runs: Sequence[Record], trials: Sequence[Record], folder: Path) -> dict[str, Any]:
+def sweep_section(sweep: str, runs: Sequence[Record], trials: Sequence[Record], folder: Path) -> dict[str, Any]:
     """Of a sweep that is not the paper's: what it says in short, its runs, their differences, and its trials."""
     grid, mine = labelled(runs, sweep), [t for t in trials if t["sweep"] == sweep]
     return {

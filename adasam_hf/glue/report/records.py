@@ -13,6 +13,8 @@ from .wording import in_order, name
 
 Record: TypeAlias = dict[str, Any]
 BATCH = "per_device_train_batch_size"
+Place: TypeAlias = tuple[str, str, str, tuple[tuple[str, float], ...]]
+"""Sweep, task, method and point of the grid."""
 
 
 def read(folder: Path) -> tuple[list[Record], list[Record]]:
@@ -25,12 +27,12 @@ def read(folder: Path) -> tuple[list[Record], list[Record]]:
 
 def load(path: Path) -> Record:
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record: Record = json.loads(path.read_text(encoding="utf-8"))
         record["trial"], record["sweep"], score(record), record["arguments"]["learning_rate"], record["log_history"]
         record["axes"]["method"], record["axes"]["seed"], record["metrics"]["train_runtime"], record["attempts"]
         record["commit"], record["dirty"], record["versions"].items(), record["hardware"]["accelerators"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no record of scripts/sweep_glue.py ({error!r}); delete it") from None
+        raise ValueError(f"{path} is not a record of a run ({error!r}); delete it") from None
     return record
 
 
@@ -43,16 +45,16 @@ def score(record: Record) -> float:
 
 def cross_entropy(record: Record) -> float:
     """Of the evaluation rows; of older records the loss, which is the same where labels were not smoothed."""
-    return record["metrics"].get("eval_cross_entropy", record["metrics"]["eval_loss"])
+    return float(record["metrics"].get("eval_cross_entropy", record["metrics"]["eval_loss"]))
 
 
 def calibration(record: Record) -> float:
     """Expected calibration error, times 100."""
-    return 100 * record["metrics"].get("eval_calibration_error", math.nan)
+    return 100 * float(record["metrics"].get("eval_calibration_error", math.nan))
 
 
 def gap(record: Record) -> float:
-    return record["metrics"].get("final_sam_gap", math.nan)
+    return float(record["metrics"].get("final_sam_gap", math.nan))
 
 
 QUANTITIES = (
@@ -84,7 +86,7 @@ class Grid:
             ValueError: if two runs have one place, or a task and method have runs of different arguments.
         """
         found: dict[tuple[str, str, int], Record] = {}
-        cells: dict[tuple[str, str], tuple] = {}
+        cells: dict[tuple[str, str], tuple[Any, ...]] = {}
         for run in runs:
             if run["sweep"] != sweep:
                 continue
@@ -101,7 +103,7 @@ class Grid:
             found[*cell, axes["seed"]] = run
         return cls(sweep, found)
 
-    def _seen(self, index: int) -> list:
+    def _seen(self, index: int) -> list[Any]:
         return list(dict.fromkeys(key[index] for key in self.runs))
 
     @property
@@ -137,9 +139,9 @@ def labelled(runs: Sequence[Record], sweep: str) -> Grid:
     return Grid.of(out, sweep)
 
 
-def points(trials: Iterable[Record]) -> dict[tuple, dict[int, Record]]:
+def points(trials: Iterable[Record]) -> dict[Place, dict[int, Record]]:
     """Trials by sweep, task, method and point of the grid: seed → record."""
-    out: dict[tuple, dict[int, Record]] = {}
+    out: dict[Place, dict[int, Record]] = {}
     for t in trials:
         point = tuple((k, float(v)) for k, v in t["trial"].items())
         out.setdefault((t["sweep"], t["axes"]["task_name"], t["axes"]["method"], point), {})[t["axes"]["seed"]] = t

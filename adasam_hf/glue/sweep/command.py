@@ -77,8 +77,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     data = Path(args.dataset_name_or_path).expanduser()
     if args.dataset_name_or_path.startswith((".", "/", "~")) and not data.is_dir() and not args.dry_run:
         raise FileNotFoundError(
-            f"--dataset_name_or_path={args.dataset_name_or_path!r} is no folder; give a snapshot of nyu-mll/glue, or "
-            "the hub's name"
+            f"--dataset_name_or_path={args.dataset_name_or_path!r} is not a folder; give a snapshot of nyu-mll/glue, "
+            "or the hub's name"
         )
     if not args.sweep.is_file() and args.sweep.parts[:1] != ("configs",):
         raise FileNotFoundError(f"sweep={str(args.sweep)!r} does not exist; see configs/sweeps")

@@ -66,7 +66,7 @@ def parameters(name: str) -> int | None:
     try:
         config = AutoConfig.from_pretrained(resolve_path(name))
         with torch.device("meta"):
-            return AutoModelForSequenceClassification.from_config(config).num_parameters()
+            return int(AutoModelForSequenceClassification.from_config(config).num_parameters())
     except (OSError, ValueError):
         return None
 

@@ -23,7 +23,7 @@ class Engine(Protocol):
         """Begin no more runs."""
 
 
-class Local:
+class Processes:
     """So many processes on this machine, which share its cores."""
 
     def __init__(self, jobs: int) -> None:
@@ -42,7 +42,7 @@ class Local:
         self.pool.shutdown(wait=False, cancel_futures=True)
 
 
-class Ray:
+class RayCluster:
     """A Ray cluster: the one at --ray_address, or else this machine. The working directory lies at the same path
     on each node (a shared folder), as do runs/ and the data."""
 

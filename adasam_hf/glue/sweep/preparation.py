@@ -26,7 +26,7 @@ def prepare(runs: Sequence[Run], machine: Sequence[str], folders: Iterable[Path]
         model = resolve_path(model_args.model_name_or_path)
         if model.startswith((".", "/")) and not Path(model).is_dir():
             raise FileNotFoundError(
-                f"{run.name}: model_name_or_path={model!r} is no folder; see its config or arguments"
+                f"{run.name}: model_name_or_path={model!r} is not a folder; see its config or arguments"
             )
         for name in ("train_file", "validation_file"):
             file = getattr(data_args, name)

@@ -6,7 +6,7 @@ from typing import Any
 
 from .choice import blind_grids, chosen, edges
 from .cost import show
-from .engines import Engine, Local, Ray, do
+from .engines import Engine, Processes, RayCluster, do
 from .preparation import prepare
 from .records import check
 from .run import Run
@@ -40,14 +40,19 @@ def run_sweep(sweep: Sweep, args: argparse.Namespace, machine: Sequence[str]) ->
             print(f"to be finished first: {', '.join(missing)}")
         return []
     if missing:
-        raise ValueError(f"{sweep.path} starts from {', '.join(missing)}, which is no finished run; do its sweep first")
+        raise ValueError(
+            f"{sweep.path} starts from {', '.join(missing)}, which is not a finished run; do its sweep first"
+        )
     open_runs = [run for run in [*trials, *finals] if not run.finished]
     if open_runs:
         if (blind := blind_grids(sweep)) and not args.accept_edge:
             raise ValueError(blind[0])
         prepare(open_runs, machine, [sweep.records(), sweep.runs()])
-    local = args.engine == "local"
-    engine: Engine = Local(args.jobs) if local else Ray(args.ray_address, args.cpus_per_run, args.gpus_per_run)
+    engine: Engine
+    if args.engine == "local":
+        engine = Processes(args.jobs)
+    else:
+        engine = RayCluster(args.ray_address, args.cpus_per_run, args.gpus_per_run)
     try:
         failures = do(trials, engine, machine, needed=True)
         if failures:

@@ -16,11 +16,11 @@ def load(path: Path) -> dict[str, Any]:
         ValueError: for a file that is none.
     """
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         record["arguments"].items(), record["axes"]["task_name"], record["seconds_per_row"]
         float(record["metrics"]["eval_loss"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no record of a run ({error!r}); delete it, and repeat the command") from None
+        raise ValueError(f"{path} is not a record of a run ({error!r}); delete it, and repeat the command") from None
     return record
 
 

