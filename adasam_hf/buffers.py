@@ -1,4 +1,4 @@
-"""What a forward pass leaves behind in a model, beside gradients: buffers, and plain tensors kept as attributes.
+"""What a forward pass leaves behind in a model, beside gradients: buffers, and what modules keep as attributes.
 
 BatchNorm's running statistics, the vectors of spectral normalization, the ranges of quantization observers, codebooks
 and counters all move with every forward pass in training mode. A second pass must start from what the first one started
@@ -12,6 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+PLAIN = (bool, int, float, complex, str, type(None))
+"""Types of attributes that are state by themselves, such as counters and lengths."""
+
 
 class _Slot(NamedTuple):
     """A tensor of a module, and its values at one instant."""
@@ -23,14 +26,26 @@ class _Slot(NamedTuple):
 
 
 class ModelState:
-    """The buffers of some modules at one instant; `restore` may be called any number of times."""
+    """Buffers of some modules at one instant, and their attributes that are tensors, numbers, strings or None.
+
+    `restore` may be called any number of times. Tensors that share memory with parameters are put back as references
+    alone, for it is not this that moves parameters; likewise views that repeat one number (`Tensor.expand`).
+    """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self._slots = [_slot(holder, name, tensor) for holder, name, tensor in _tensors(modules)]
+        modules = list(modules)
+        tensors = list(_tensors(modules))
+        weights = _memory_of_parameters(modules) if tensors else set()
+        self._slots = [_slot(holder, name, tensor, weights) for holder, name, tensor in tensors]
+        self._plain = [(vars(module), _plain_attributes(module)) for module in modules]
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put every tensor back: the same object, with the values that it had."""
+        """Put everything back: the same tensors, with the values that they had."""
+        for attributes, plain in self._plain:
+            for name, value in plain.items():
+                if attributes.get(name) is not value:
+                    attributes[name] = value
         for slot in self._slots:
             if slot.holder.get(slot.name) is not slot.tensor:  # the pass has put another one there
                 slot.holder[slot.name] = slot.tensor
@@ -41,12 +56,28 @@ class ModelState:
     def replay(self) -> Iterator[None]:
         """Start the block from this state; afterwards things are as they were before the block."""
         now = ModelState([])
-        now._slots = [_slot(slot.holder, slot.name, slot.holder.get(slot.name)) for slot in self._slots]
+        now._slots = [
+            _slot(slot.holder, slot.name, slot.holder.get(slot.name), set() if slot.values is not None else None)
+            for slot in self._slots
+        ]
+        now._plain = [(attributes, {n: attributes.get(n) for n in plain}) for attributes, plain in self._plain]
         self.restore()
         try:
             yield
         finally:
             now.restore()
+
+    def is_present(self) -> bool:
+        """Whether everything is as it was at that instant, bit for bit."""
+        return all(
+            attributes.get(name) is value or (type(attributes.get(name)) is type(value) and attributes[name] == value)
+            for attributes, plain in self._plain
+            for name, value in plain.items()
+        ) and all(
+            slot.holder.get(slot.name) is slot.tensor
+            and (slot.tensor is None or slot.values is None or same_bits(slot.tensor, slot.values))
+            for slot in self._slots
+        )
 
 
 def _tensors(modules: Iterable[nn.Module]) -> Iterator[tuple[dict[str, Any], str, Tensor | None]]:
@@ -58,10 +89,42 @@ def _tensors(modules: Iterable[nn.Module]) -> Iterator[tuple[dict[str, Any], str
                 yield vars(module), name, value
 
 
-def _slot(holder: dict[str, Any], name: str, tensor: Tensor | None) -> _Slot:
+def _plain_attributes(module: nn.Module) -> dict[str, Any]:
+    return {name: value for name, value in vars(module).items() if isinstance(value, PLAIN)}
+
+
+def _memory_of_parameters(modules: Iterable[nn.Module]) -> set[int]:
+    parameters = {p for module in modules for p in module._parameters.values() if p is not None}
+    return {p.untyped_storage().data_ptr() for p in parameters if type(p.data) is Tensor}
+
+
+def _slot(holder: dict[str, Any], name: str, tensor: Any, weights: set[int] | None) -> _Slot:
+    """`weights`: the memory of parameters; None to keep the reference alone."""
+    if not isinstance(tensor, Tensor) or weights is None or not _is_plain(tensor, weights):
+        return _Slot(holder, name, tensor, None)
     # Versions cannot tell what has changed: codebooks are often written through `.data`, which counts nothing.
-    plain = tensor is not None and not tensor.requires_grad and not tensor.is_inference()
-    return _Slot(holder, name, tensor, tensor.detach().clone() if plain and tensor is not None else None)
+    return _Slot(holder, name, tensor, tensor.detach().clone())
+
+
+def _is_plain(tensor: Tensor, weights: set[int]) -> bool:
+    if tensor.requires_grad or tensor.is_inference():
+        return False
+    if type(tensor) is not Tensor or tensor.layout is not torch.strided or tensor.is_meta:
+        return True
+    repeats = any(step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True))
+    return not repeats and tensor.untyped_storage().data_ptr() not in weights
+
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have the same shape, dtype, device, strides and bits; 0 and -0 are different ones."""
+    layouts = [(t.shape, t.dtype, t.device, t.layout, t.is_conj(), t.is_neg()) for t in (a, b)]
+    if layouts[0] != layouts[1] or a.layout is not torch.strided or a.stride() != b.stride():
+        return False
+    bits = _BITS.get(a.element_size())
+    return torch.equal(a, b) if bits is None or not a.dim() else torch.equal(a.view(bits), b.view(bits))
 
 
 @contextmanager

@@ -100,7 +100,7 @@ def main(program: str = "adasam") -> None:
         raise SystemExit(refuse(program, message))
     from .launcher import main as launch
 
-    launch(usage(program))
+    launch(usage(program), program=program)
 
 
 def _is_bare(word: str) -> bool:

@@ -22,38 +22,32 @@ class LogitGradients:
 
     Args:
         model: as its parameters are, out of wrappers.
-        remedy: what to do where there are no logits, for the message.
     """
 
-    def __init__(self, model: nn.Module, remedy: str = "set sam_descent='loss'") -> None:
-        self._model, self._remedy = model, remedy
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
         self._gradients: list[Tensor | None] = []
 
     @contextmanager
     def record(self) -> Iterator[None]:
-        """Around the first pass.
-
-        Raises:
-            NotImplementedError: if no gradient has come to any logits.
-        """
+        """Around the first pass."""
         gradients = self._gradients = []
 
         def keep(index: int) -> Callable[[Tensor | None], None]:
             gradients.append(None)
 
             def hook(gradient: Tensor | None) -> None:
-                gradients[index] = None if gradient is None else gradient.detach()
+                gradients[index] = None if gradient is None else gradient.detach().clone()  # others may write to it
 
             return hook
 
         with self._at_logits(keep):
             yield
-        if not any(gradient is not None for gradient in gradients):
-            raise NotImplementedError(
-                f"sam_descent='functional' takes the loss's derivative at the logits, and none has come to an output "
-                f"of {type(self._model).__qualname__} that is called so (its loss may be computed without them, or "
-                f"compiled together with them); {self._remedy}"
-            )
+
+    @property
+    def found(self) -> bool:
+        """Whether the first pass has brought a gradient to any logits."""
+        return any(gradient is not None for gradient in self._gradients)
 
     @contextmanager
     def replay(self) -> Iterator[None]:
@@ -86,7 +80,9 @@ class LogitGradients:
 
 def _logits_of(outputs: Any) -> list[Tensor]:
     """Those that have a gradient. (A router's are no output, but decide how the others come about.)"""
-    named = outputs if isinstance(outputs, Mapping) else vars(outputs) if hasattr(outputs, "logits") else {}
+    if hasattr(outputs, "_asdict"):  # a named tuple
+        outputs = outputs._asdict()
+    named = outputs if isinstance(outputs, Mapping) else getattr(outputs, "__dict__", {})
     tensors = [value for name, value in named.items() if "logits" in str(name) and "router" not in str(name)]
     return [value for value in tensors if isinstance(value, Tensor) and value.grad_fn is not None]
 

@@ -20,6 +20,7 @@ class SharpnessAwareTrainer(Protocol):
     accelerator: Accelerator
     state: TrainerState
     data_collator: Any
+    compute_loss_func: Any
     is_in_train: bool
     is_model_parallel: bool
 

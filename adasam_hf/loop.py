@@ -346,7 +346,6 @@ class _OpenWindow(Window):
                 "and stay as it is until the update: sam.backward(loss_fn, batch)"
             )
         self[:] = [*ahead, micro_batch] if last else [*ahead, micro_batch, None]
-        self.size = len(self)
         if last:
             self.losses = [one.clean_loss / len(self) for one in ahead]
 

@@ -138,6 +138,8 @@ class Perturbation:
         self._saved = (moving, saved)
         for radius, (together, apart) in parts.items():
             add_along(together, apart, direction.sign * radius, norm)
+        # (The fused kernel counts no change, and a backward pass through a graph of the old weights is to be an error.)
+        torch.autograd.graph.increment_version([shard(p) for p in moving])
         self.moved = [p for p, radius in zip(params, radii, strict=True) if radius > 0]
         half = any(p.dtype in HALF for p in moving)
         self.applied = _applied(parts, direction.sign, norm) if half else None

@@ -29,11 +29,17 @@ class RandomState(NamedTuple):
 
 def generators_of(modules: Iterable[nn.Module]) -> list[Generator]:
     """The generators that modules hold as attributes, by themselves or in a list, tuple or dict."""
+    return generators_in(value for module in modules for value in vars(module).values())
+
+
+def generators_in(values: Iterable[Any]) -> list[Generator]:
+    """The generators among `values`, and those in a list, tuple or dict that begins with one."""
     found: dict[int, Generator] = {}
-    for module in modules:
-        for value in vars(module).values():
-            inside = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
-            found |= {id(item): item for item in (value, *inside) if isinstance(item, Generator)}
+    for value in values:
+        inside = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+        if not isinstance(next(iter(inside), None), Generator):
+            inside = ()
+        found |= {id(item): item for item in (value, *inside) if isinstance(item, Generator)}
     return list(found.values())
 
 
@@ -71,6 +77,23 @@ def capture(generators: Iterable[Generator] = ()) -> RandomState:
         np.random.get_state(),
         tuple((generator, _state_of(generator)) for generator in generators),
     )
+
+
+def same(a: RandomState, b: RandomState) -> bool:
+    """Whether two states, of the same generators, are equal."""
+    ours, theirs = ([s.host, s.device, s.python, s.numpy, *(state for _, state in s.generators)] for s in (a, b))
+    return all(map(_equal, ours, theirs))
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Tuples and dictionaries of numbers, strings, arrays and tensors."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
+    if isinstance(a, (tuple, list)) and not all(isinstance(item, int) for item in a):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and torch.equal(a, b)
+    return bool((a == b).all()) if hasattr(a, "all") else bool(a == b)
 
 
 def rewind(state: RandomState) -> None:

@@ -55,13 +55,13 @@ class SharpnessAwareRun:
             trainer.optimizer,
             scope=self.args.sam_scope,
             same_masks=self.args.sam_dropout == "same",
-            # FSDP2 gathers weights in each forward pass, in which all processes take part.
             functional=self.args.sam_descent == "functional",
-            cache_frozen=self.args.sam_cache_frozen and not trainer.accelerator.is_fsdp2,
+            # FSDP2 gathers weights in each forward pass, in which all processes take part.
+            cache_frozen=self.args.sam_cache_frozen and not (trainer.accelerator.is_fsdp2 or self.args.torch_compile),
             adaptive=self.args.sam_adaptive,
             metrics=metrics,
             around_descent=partial(counters.unchanged, trainer),
-            beside=lambda: vars(trainer).values(),
+            beside=lambda: [*vars(trainer).values(), *getattr(trainer.compute_loss_func, "__dict__", {}).values()],
             loss_scale=partial(loss_scale, trainer.accelerator),
             owner=f"{type(trainer).__qualname__}.training_step",
         )
@@ -162,7 +162,7 @@ class SharpnessAwareRun:
             self._plan(trainer, window)
             if not window.iterating and trainer.is_in_train:
                 # A `get_batch_samples` in front of ours has made another list, of which the Trainer knows the length.
-                window.size = getattr(trainer, "current_gradient_accumulation_steps", window.size)
+                window.size_elsewhere = getattr(trainer, "current_gradient_accumulation_steps", None)
                 window.ascent_items = None
         sync = self._synchronization(trainer, model, window)
         self._finish = partial(self.step.finish, window, stock_step, sync)

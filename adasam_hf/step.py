@@ -14,7 +14,7 @@ from . import rng
 from .buffers import ModelState
 from .containers import copy_containers, modules_in
 from .directions import PreviousAscent
-from .frozen import FrozenOutputs, frozen_modules
+from .frozen import FrozenOutputs, Trust, frozen_modules
 from .functional import LogitGradients
 from .metrics import NO_GRADIENT, SKIPPED, StepMetrics
 from .parameters import add_gradients, gradients_only_for, optimized, reached, take_gradients
@@ -85,6 +85,8 @@ class TwoPassStep:
         self._around_descent, self._loss_scale, self._owner = around_descent, loss_scale, owner
         self._prefix = prefix
         self._beside, self._functional, self._cache_frozen = beside, functional, cache_frozen
+        self._trust = Trust()
+        self._logits_seen = False  # whether a gradient has come to the logits of any micro-batch
         self._restrict = True  # whether the ascent may leave out the gradients of parameters that are not chosen
         self._warned_of_inputs = False
 
@@ -113,10 +115,7 @@ class TwoPassStep:
         if window.passes:
             self._look_at_gradients(window)
         else:
-            models = list(modules_in((self._model, *self._beside())))
-            window.modules = list(dict.fromkeys(module for model in models for module in model.modules()))
-            if self._cache_frozen and window.ascent_inputs is None:
-                window.frozen = frozen_modules(models)
+            self._look_around(window)
             window.leftover = take_gradients(self._reached())
             self.perturbation.forget_spent_gradients()
         loss = self._ascent(window, position, inputs, ascent_step or stock_step, sync)
@@ -164,12 +163,15 @@ class TwoPassStep:
                 "replay: by the second pass, whatever changed between the two calls has changed back; set "
                 f"{self._prefix}scope='microbatch', gradient_accumulation_steps=1, or {self._prefix}rho=0"
             )
-        generators = rng.generators_of(window.modules)
-        frozen = FrozenOutputs(window.frozen)
-        remedy = f"set {self._prefix}descent='loss'"
-        logits = LogitGradients(self._model, remedy) if self._functional else None
+        frozen = FrozenOutputs(window.frozen, self._trust, window.models)
+        logits = LogitGradients(self._model) if self._functional else None
         one = Pass(
-            copy_containers(inputs), rng.capture(generators), ModelState(window.modules), position, frozen, logits
+            copy_containers(inputs),
+            rng.capture(window.generators),
+            ModelState(window.modules),
+            position,
+            frozen,
+            logits,
         )
         window.passes.append(one)
         try:
@@ -187,6 +189,14 @@ class TwoPassStep:
             window.note_gradients(self._reached())
             raise
         window.losses.append(loss)
+        if logits is not None:
+            self._logits_seen |= logits.found
+            if not self._logits_seen:
+                raise NotImplementedError(
+                    f"{self._prefix}descent='functional' takes the loss's derivative at the logits, and none has come "
+                    f"to an output of {type(self._model).__qualname__} that is called so (its loss may be computed "
+                    f"without them, or compiled together with them); set {self._prefix}descent='loss'"
+                )
         return loss
 
     def _restricted(self, window: Window, seen: Any, ascent_step: StockStep, sync: Synchronization) -> Tensor:
@@ -242,6 +252,7 @@ class TwoPassStep:
                         sam_losses.append(stock_step(one.inputs))
             finally:
                 after_ascent.restore()
+        self._trust.end_step()
         window.complete = True
         window.reused = set[nn.Module]().union(*(one.frozen.reused for one in passes))
         window.reused_bytes = sum(one.frozen.nbytes for one in passes) if window.reused else 0
@@ -258,6 +269,21 @@ class TwoPassStep:
             clean=_total(losses, norm),
             sam=_total(sam_losses, norm),
         )
+
+    def _look_around(self, window: Window) -> None:
+        """Before the first pass: which modules, generators and hooks take part."""
+        beside = list(self._beside())
+        window.models = list(dict.fromkeys(modules_in((self._model, *beside))))
+        window.modules = list(dict.fromkeys(module for model in window.models for module in model.modules()))
+        window.generators = [*rng.generators_of(window.modules), *rng.generators_in(beside)]
+        if self._cache_frozen and self._same_masks and window.ascent_inputs is None:
+            window.frozen = frozen_modules(window.models)
+        if any(getattr(p, "_post_accumulate_grad_hooks", None) for p in self._reached()):
+            raise NotImplementedError(
+                "a parameter has a hook of register_post_accumulate_grad_hook, such as an optimizer that updates "
+                "inside backward, which would run in both passes, the first time on the ascent's gradient; remove it, "
+                f"or set {self._prefix}rho=0"
+            )
 
     def _perturbed(self, plan: StepPlan) -> AbstractContextManager[Tensor]:
         only = None if plan.chosen is None else set(plan.chosen)

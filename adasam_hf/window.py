@@ -77,7 +77,7 @@ class Window(list[Any]):
         plan: of this step; a plain one until it is known.
 
     Attributes:
-        size: how many micro-batches there are to come in all.
+        size_elsewhere: of the list that somebody has made of it, if he has.
         ascent_inputs: by position, what the ascent sees of each micro-batch, where that is not all of it; None for one
             that takes no part.
         ascent_items: `num_items_in_batch` of all that.
@@ -90,7 +90,7 @@ class Window(list[Any]):
     def __init__(self, micro_batches: Iterable[Any], plan: StepPlan | None = None) -> None:
         super().__init__(micro_batches)
         self.plan = plan or StepPlan([])
-        self.size = len(self)
+        self.size_elsewhere: int | None = None
         self.ascent_inputs: dict[int, Any | None] | None = None
         self.ascent_items: Tensor | int | None = None
         self.ascent_share: float | None = None
@@ -100,8 +100,12 @@ class Window(list[Any]):
         self.leftover: dict[nn.Parameter, Tensor] = {}
         """Gradients from before the window: of the coming update, and not of the ascent."""
         self.descended = self.complete = False
-        self.modules: list[nn.Module] = []
+        self.models: list[nn.Module] = []
         """Those that its passes run through, as far as they are known, when the first of them begins."""
+        self.modules: list[nn.Module] = []
+        """They, and all that are inside them."""
+        self.generators: list[rng.Generator] = []
+        """Those that they hold, or whoever calls them."""
         self.frozen: list[nn.Module] = []
         """Those of them whose outputs the descent may take from the ascent."""
         self.reused: set[nn.Module] = set()
@@ -115,6 +119,11 @@ class Window(list[Any]):
         for self._at, micro_batch in enumerate(super().__iter__()):
             yield micro_batch
         self._at = None
+
+    @property
+    def size(self) -> int:
+        """How many micro-batches there are to come in all."""
+        return len(self) if self.size_elsewhere is None else self.size_elsewhere
 
     @property
     def iterating(self) -> bool:

@@ -1,17 +1,18 @@
 """Reuse of what frozen modules compute: the same bits as without it, and none where anything differs."""
 
+import copy
 import random
 
 import pytest
 import torch
-from conftest import SeedSteps, Sharp, flat, make_model
+from conftest import SeedSteps, Sharp, flat, make_model, make_rows
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import BartConfig, BartForConditionalGeneration, TrainerCallback
 
 from adasam_hf import AdaSAMSeq2SeqTrainer, rng
 from adasam_hf.buffers import ModelState
-from adasam_hf.frozen import FrozenOutputs, frozen_modules
+from adasam_hf.frozen import FrozenOutputs, Trust, frozen_modules
 
 # ---- one module ----
 
@@ -60,21 +61,30 @@ class Context:
 X = torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
+def trusted(*modules):
+    """What `Trust` is after a step in which they have been run twice."""
+    trust = Trust()
+    for module in modules:
+        trust.note(module, same=True)
+    trust.end_step()
+    return trust
+
+
 def two_calls(kind, between=lambda below, x: x, same_numbers=True, reuse=True):
     """Both outputs of a module, what it and the generators are left with, and how often it ran."""
     torch.manual_seed(0)
     random.seed(0)
     below, x = Below(kind), X * (kind != "zeros")
     context = Context() if kind == "context" else None
-    outputs = FrozenOutputs([below] if reuse else [])
+    outputs = FrozenOutputs([below] if reuse else [], trusted(below))
     generators = rng.generators_of(below.modules())
     start, state = rng.capture(generators), ModelState(below.modules())
     with outputs.record():
         first = below(x, context)
-    x = between(below, x)
     if same_numbers:
         rng.rewind(start)
     state.restore()
+    x = between(below, x)
     with outputs.replay():
         second = below(x, context)
     drawn = torch.tensor([torch.rand(()).item(), random.random(), below.generator.random()])
@@ -82,7 +92,7 @@ def two_calls(kind, between=lambda below, x: x, same_numbers=True, reuse=True):
     return torch.cat([first.flatten(), second.flatten(), drawn.double(), *state]), len(below.runs)
 
 
-@pytest.mark.parametrize("kind", ["plain", "mask", "generator", "codebook", "attribute", "statistics"])
+@pytest.mark.parametrize("kind", ["plain", "mask", "generator", "number", "codebook", "attribute", "statistics"])
 def test_what_is_the_same_is_computed_once(kind):
     with_reuse, runs = two_calls(kind)
     without, always = two_calls(kind, reuse=False)
@@ -90,7 +100,10 @@ def test_what_is_the_same_is_computed_once(kind):
 
 
 CHANGES = {
-    "another number of its own": ("number", {}),
+    "another number of its own": ("number", {"between": lambda below, x: (setattr(below, "number", 7), x)[1]}),
+    "another buffer": ("codebook", {"between": lambda below, x: (below.centre.data.add_(1.0), x)[1]}),
+    "a weight that has been written to": ("plain", {"between": lambda below, x: (below.linear.weight.mul_(2.0), x)[1]}),
+    "a thawed weight": ("plain", {"between": lambda below, x: (below.requires_grad_(True), x)[1]}),
     "something that cannot be compared": ("context", {}),
     "another input": ("plain", {"between": lambda below, x: x + 1e-16 * torch.arange(4) * x}),
     "an input of another sign of zero": (
@@ -119,7 +132,7 @@ def test_equal_inputs_of_another_call_and_no_numbers_to_draw():
 
 def test_an_output_that_has_been_written_to_is_not_handed_out():
     below = Below("plain")
-    outputs = FrozenOutputs([below])
+    outputs = FrozenOutputs([below], trusted(below))
     with outputs.record():
         below(X).add_(1.0)
     with outputs.replay():
@@ -130,7 +143,7 @@ def test_a_forward_that_a_library_has_put_there_is_called_and_stays():
     below = Below("plain")
     below.forward = lambda x: 2 * type(below).forward(below, x)
     theirs = below.forward
-    outputs = FrozenOutputs([below])
+    outputs = FrozenOutputs([below], trusted(below))
     with outputs.record():
         first = below(X)
     with outputs.replay():
@@ -231,7 +244,8 @@ def test_trainings_are_the_same_bits(build, name, scope, bf16, caplog):
     with_reuse, runs = trained(build, MODELS[name](), **flags)
     without, always = trained(build, MODELS[name](), sam_cache_frozen=False, **flags)
     assert torch.equal(with_reuse, without)
-    assert (runs, always) == (6, 12)  # six micro-batches
+    # Of six micro-batches, those of the first step (in scope microbatch: the first) are run twice to see.
+    assert (runs, always) == (8 if scope == "batch" else 7, 12)
     plain, _ = trained(build, MODELS[name](), sam_rho=0.0)
     assert (with_reuse[: len(plain)] - plain).abs().max() > 1e-6
 
@@ -246,7 +260,7 @@ def test_a_frozen_encoder(build):
     rows = [row | {"labels": row["input_ids"].flip(0)} for row in rows]
     with_reuse, runs = trained(build, encoder_frozen(), Sharp, rows)
     without, always = trained(build, encoder_frozen(), Sharp, rows, sam_cache_frozen=False)
-    assert torch.equal(with_reuse, without) and (runs, always) == (6, 12)
+    assert torch.equal(with_reuse, without) and runs < always == 12
 
 
 class Distils(Sharp):
@@ -274,7 +288,7 @@ def test_a_teacher(build):
         return flat(model), len(asked)
 
     (with_reuse, runs), (without, always) = run(), run(sam_cache_frozen=False)
-    assert torch.equal(with_reuse, without) and (runs, always) == (6, 12)
+    assert torch.equal(with_reuse, without) and runs < always == 12
 
 
 @pytest.mark.parametrize(
@@ -305,7 +319,10 @@ def test_layers_that_are_thawed_and_frozen_in_mid_training(build):
         return flat(model), count.runs
 
     (with_reuse, runs), (without, always) = run(), run(sam_cache_frozen=False)
-    assert torch.equal(with_reuse, without) and (runs, always) == (7, 12)  # layer 0 is trainable in one step
+    assert torch.equal(with_reuse, without) and (runs, always) == (
+        8,
+        12,
+    )  # twice in the first step, and in the one in which it is trainable
 
 
 def test_what_it_says(build, caplog):
@@ -328,3 +345,118 @@ def test_outputs_are_freed_after_the_step(build):
     trainer = build(Sharp, bert(), callbacks=[Look()], sam_rho=0.3, optim="sgd", gradient_accumulation_steps=2)
     trainer.train()
     assert kept == [0] * len(kept) and kept
+
+
+# ---- what cannot be seen from outside, and what is looked at nevertheless ----
+
+
+class Odd(nn.Module):
+    """A frozen layer, a trained one, and something that ties them together in an unusual way."""
+
+    def __init__(self, kind):
+        super().__init__()
+        torch.manual_seed(0)
+        self.kind = kind
+        self.trained, self.frozen = nn.Linear(4, 4), OddLayer(kind)
+        self.frozen.requires_grad_(False)
+        if kind == "shared memory":
+            self.frozen.linear.weight = nn.Parameter(self.trained.weight.data, requires_grad=False)
+        if kind == "a reference to trained weights":
+            self.frozen.others = [self.trained]
+        self.double()
+
+    def forward(self, input_ids, labels):
+        x = torch.nn.functional.one_hot(input_ids % 4, 4).double().mean(1)
+        if self.kind == "a scale from outside":
+            self.frozen.scale = self.trained.weight.detach().sum()
+        if self.kind == "an average of trained weights":
+            with torch.no_grad():
+                self.frozen.linear.weight.mul_(0.5).add_(self.trained.weight, alpha=0.5)
+        if self.kind == "a second call on trained outputs":
+            x = x + 0 * self.frozen(self.trained(x))
+        with torch.set_grad_enabled(self.kind not in ("a reference to trained weights", "functional call")):
+            if self.kind == "a dictionary that it writes to":
+                features = {"x": x}
+                self.frozen(features)
+                x = features["h"]
+            elif self.kind == "functional call":
+                weights = {"linear.weight": self.frozen.linear.weight * self.trained.weight.detach().sum()}
+                x = torch.func.functional_call(self.frozen, weights, (x,))
+            else:
+                x = self.frozen(x)
+        if self.kind == "a list that others write to":
+            x[0] = x[0] * 2
+        if isinstance(x, list):
+            x = x[0]
+        if self.kind == "a copy of it":
+            x = x + copy.deepcopy(self.frozen)(2 * x)
+        if self.kind == "what it remembers":
+            x = x + sum(self.frozen.seen)
+            self.frozen.seen.clear()
+        return {"loss": nn.functional.cross_entropy(self.trained(x), labels)}
+
+
+class OddLayer(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.linear = kind, nn.Linear(4, 4)
+        self.scale, self.calls, self.seen = torch.ones(()), [], []
+        self.register_buffer("centre", torch.zeros(4))
+
+    def forward(self, x):
+        if self.kind == "a dictionary that it writes to":
+            x["h"] = self.linear(x["x"])
+            return x
+        h = self.linear(x) * self.scale
+        if self.kind == "a reference to trained weights":
+            h = h * self.others[0].weight.sum()
+        if self.kind == "a second call on trained outputs":
+            self.centre = self.centre + h.detach().mean(0)
+            h = h + self.centre
+        if self.kind == "calls that it counts in a list":
+            self.calls.append(1)
+            h = h * len(self.calls)
+        if self.kind == "what it remembers":
+            self.seen.append(h)
+        return [h] if self.kind == "a list that others write to" else h
+
+
+@pytest.mark.parametrize("scope", ["batch", "microbatch"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "nothing",
+        "a list that others write to",
+        "a dictionary that it writes to",
+        "a second call on trained outputs",
+        "a scale from outside",
+        "an average of trained weights",
+        "shared memory",
+        "functional call",
+        "a reference to trained weights",
+        "calls that it counts in a list",
+        "a copy of it",
+    ],
+)
+@pytest.mark.compat("Cost", "reuse of what frozen layers compute, where that depends on more than inputs and weights")
+def test_odd_models_train_to_the_same_bits(build, kind, scope):
+    def run(**flags):
+        model = Odd(kind)
+        options = {"optim": "sgd", "learning_rate": 0.1, "sam_rho": 0.3, "gradient_accumulation_steps": 2}
+        trainer = build(Sharp, model, make_rows(32), **options, sam_scope=scope, **flags)
+        trainer.train()
+        return flat(model)
+
+    assert torch.equal(run(), run(sam_cache_frozen=False))
+
+
+def test_outputs_of_a_module_that_has_others_the_second_time_are_not_trusted():
+    below, trust = Below("plain"), Trust()
+    trust.note(below, same=True)
+    assert not trust.has(below)  # not before the step has ended
+    trust.end_step()
+    assert trust.has(below)
+    trust.note(below, same=False)
+    assert not trust.has(below)
+    trust.end_step()
+    assert not trust.has(below)
