@@ -20,7 +20,7 @@ from .plan import Planner
 from .reading import read_choice, read_pattern, read_truth_value
 from .refusals import Setup, refuse_unsupported
 from .schedule import Schedule
-from .step import TwoPassStep
+from .step import StepSettings, TwoPassStep
 from .synchronization import Synchronization, ascends_per_process
 from .training_args import Descent, Dropout, Scope
 from .window import StepPlan, Window
@@ -106,11 +106,13 @@ class SharpnessAwareLoop:
         self._step = TwoPassStep(
             self._inner,
             self._optimizer,
-            scope=scope,
-            same_masks=read_choice("dropout", dropout, get_args(Dropout)) == "same",
-            functional=self._is_functional(descent),
-            cache_frozen=not accelerator.is_fsdp2,
-            adaptive=read_truth_value("adaptive", adaptive),
+            StepSettings(
+                scope,
+                same_masks=read_choice("dropout", dropout, get_args(Dropout)) == "same",
+                adaptive=read_truth_value("adaptive", adaptive),
+                functional=self._is_functional(descent),
+                cache_frozen=not accelerator.is_fsdp2,
+            ),
             metrics=StepMetrics(),
             loss_scale=partial(loss_scale, accelerator),
             prefix="",
@@ -241,7 +243,7 @@ class SharpnessAwareLoop:
         """That of the whole step, with one micro-batch more, if its second passes come together; or one of its own."""
         if self._open is not None and self._open.given_up:
             self._open = self._plan = None
-        if self._plan is None:
+        if self._plan is None or len(self._plan.radii) != len(self._optimizer.param_groups):
             self._plan = self._planner.plan(0, 1, self._updated)  # any step of any number, as there is no schedule
         if not (self._plan.ascends and self._settings.sam_scope == "batch"):
             self._note_planned(self._plan)
@@ -249,6 +251,7 @@ class SharpnessAwareLoop:
         if self._open is None:
             self._refuse_second_step()
             self._open = _OpenWindow([], self._plan)
+        self._open.plan = self._plan
         self._open.add(micro_batch, last)
         if last:
             self._note_planned(self._plan)

@@ -17,7 +17,7 @@ from .monitor import RadiusMonitor
 from .optim import AdaSAM
 from .plan import Planner
 from .rows import AscentRows, choose_rows, is_paired
-from .step import TwoPassStep
+from .step import StepSettings, TwoPassStep
 from .synchronization import Synchronization, ascends_per_process
 from .window import Window
 
@@ -53,20 +53,25 @@ class SharpnessAwareRun:
         self.step = TwoPassStep(
             trainer.model,
             trainer.optimizer,
-            scope=self.args.sam_scope,
-            same_masks=self.args.sam_dropout == "same",
-            functional=self.args.sam_descent == "functional",
-            # FSDP2 gathers weights in each forward pass, in which all processes take part.
-            cache_frozen=self.args.sam_cache_frozen and not (trainer.accelerator.is_fsdp2 or self.args.torch_compile),
-            adaptive=self.args.sam_adaptive,
+            self._settings(trainer),
             metrics=metrics,
             around_descent=partial(counters.unchanged, trainer),
             beside=lambda: [*vars(trainer).values(), *getattr(trainer.compute_loss_func, "__dict__", {}).values()],
             loss_scale=partial(loss_scale, trainer.accelerator),
             owner=f"{type(trainer).__qualname__}.training_step",
         )
-        if self.args.sam_reuse:
-            self.step.previous = self.planner.previous
+
+    def _settings(self, trainer: SharpnessAwareTrainer) -> StepSettings:
+        """Of the step that begins, as callbacks may change arguments between two."""
+        args = self.args
+        return StepSettings(
+            args.sam_scope,
+            same_masks=args.sam_dropout == "same",
+            adaptive=args.sam_adaptive,
+            functional=args.sam_descent == "functional",
+            # FSDP2 gathers weights in each forward pass, in which all processes take part.
+            cache_frozen=args.sam_cache_frozen and not (trainer.accelerator.is_fsdp2 or args.torch_compile),
+        )
 
     @property
     def metrics(self) -> StepMetrics:
@@ -79,6 +84,8 @@ class SharpnessAwareRun:
         """Plan the optimizer step whose micro-batches `samples` are. Returns its window."""
         self._leave_window(trainer)
         self._follow_optimizer(trainer)
+        self.step.settings = self._settings(trainer)
+        self.step.previous = self.planner.previous if self.args.sam_reuse else None
         first = self._first_step is None
         if first:
             self._first_step = trainer.state.global_step
@@ -164,6 +171,8 @@ class SharpnessAwareRun:
                 # A `get_batch_samples` in front of ours has made another list, of which the Trainer knows the length.
                 window.size_elsewhere = getattr(trainer, "current_gradient_accumulation_steps", None)
                 window.ascent_items = None
+        if len(window.plan.radii) != len(trainer.optimizer.param_groups):
+            self._plan(trainer, window)  # somebody has added a group in the middle of a step
         sync = self._synchronization(trainer, model, window)
         self._finish = partial(self.step.finish, window, stock_step, sync)
         ascent = None

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import reduce
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,24 @@ StockStep = Callable[[Any], Tensor]
 loss, detached, scaled alike, so that those of a window add up to its mean."""
 
 
+class StepSettings(NamedTuple):
+    """How the two passes are taken; a step that has begun ends as it has begun.
+
+    Attributes:
+        scope: ``batch`` or ``microbatch``.
+        same_masks: whether the descent repeats the random numbers of the ascent.
+        adaptive: see `Perturbation.ascend`.
+        functional: whether the descent takes the loss's derivative at the logits from the ascent (`LogitGradients`).
+        cache_frozen: whether the descent takes from the ascent what frozen modules have computed (`FrozenOutputs`).
+    """
+
+    scope: str
+    same_masks: bool
+    adaptive: bool
+    functional: bool = False
+    cache_frozen: bool = False
+
+
 class TwoPassStep:
     r"""The sharpness-aware step for one micro-batch after another (Algorithm 1 of arXiv:2303.00565).
 
@@ -46,11 +64,7 @@ class TwoPassStep:
     Args:
         model: whose buffers and generators a pass moves, and whose gradients count beside the optimizer's.
         optimizer: whose parameter groups are perturbed; read at every step.
-        scope: ``batch`` or ``microbatch``.
-        same_masks: whether the descent repeats the random numbers of the ascent.
-        functional: whether the descent takes the loss's derivative at the logits from the ascent (`LogitGradients`).
-        cache_frozen: whether the descent takes from the ascent what frozen modules have computed (`FrozenOutputs`).
-        adaptive: see `Perturbation.ascend`.
+        settings: may be replaced between two steps.
         metrics: where what happens is counted.
         around_descent: a context for the stock steps of the descent, such as `counters.unchanged`.
         beside: things beside `model` in which there may be modules that its loss runs through; asked at every window.
@@ -63,12 +77,8 @@ class TwoPassStep:
         self,
         model: nn.Module,
         optimizer: Optimizer,
+        settings: StepSettings,
         *,
-        scope: str,
-        same_masks: bool,
-        functional: bool = False,
-        cache_frozen: bool = False,
-        adaptive: bool,
         metrics: StepMetrics,
         around_descent: Callable[[], AbstractContextManager] = nullcontext,
         beside: Callable[[], Iterable[Any]] = tuple,
@@ -79,12 +89,11 @@ class TwoPassStep:
         self.perturbation = Perturbation(optimizer)
         self.previous: PreviousAscent | None = None
         """Where the vectors of the last ascent are copied to, if they are to be used again."""
-        self.metrics = metrics
+        self.settings, self.metrics = settings, metrics
         self._model, self._optimizer = model, optimizer
-        self._scope, self._same_masks, self._adaptive = scope, same_masks, adaptive
         self._around_descent, self._loss_scale, self._owner = around_descent, loss_scale, owner
         self._prefix = prefix
-        self._beside, self._functional, self._cache_frozen = beside, functional, cache_frozen
+        self._beside = beside
         self._trust = Trust()
         self._logits_seen = False  # whether a gradient has come to the logits of any micro-batch
         self._restrict = True  # whether the ascent may leave out the gradients of parameters that are not chosen
@@ -119,7 +128,7 @@ class TwoPassStep:
             window.leftover = take_gradients(self._reached())
             self.perturbation.forget_spent_gradients()
         loss = self._ascent(window, position, inputs, ascent_step or stock_step, sync)
-        if self._scope == "microbatch" or position >= window.size - 1:
+        if self.settings.scope == "microbatch" or position >= window.size - 1:
             self._descent(window, stock_step, sync)
         else:
             window.note_gradients(self._reached())
@@ -157,14 +166,14 @@ class TwoPassStep:
         self, window: Window, position: int, inputs: Any, ascent_step: StockStep, sync: Synchronization
     ) -> Tensor:
         """The stock step at w, on what the ascent sees and for the parameters that may move. Returns its loss."""
-        if self._scope == "batch" and any(one.position == position for one in window.passes):
+        if self.settings.scope == "batch" and any(one.position == position for one in window.passes):
             raise RuntimeError(
                 f"{self._owner} takes one micro-batch of several twice, which {self._prefix}scope='batch' cannot "
                 "replay: by the second pass, whatever changed between the two calls has changed back; set "
                 f"{self._prefix}scope='microbatch', gradient_accumulation_steps=1, or {self._prefix}rho=0"
             )
         frozen = FrozenOutputs(window.frozen, self._trust, window.models)
-        logits = LogitGradients(self._model) if self._functional else None
+        logits = LogitGradients(self._model) if self.settings.functional else None
         one = Pass(
             copy_containers(inputs),
             rng.capture(window.generators),
@@ -183,7 +192,7 @@ class TwoPassStep:
         except BaseException:
             # A trainer may catch it and go on; then this micro-batch is one that it skips, as in stock.
             window.passes.pop()
-            if self._scope == "microbatch" or not window.passes:
+            if self.settings.scope == "microbatch" or not window.passes:
                 add_gradients(window.leftover)
                 window.leftover = {}
             window.note_gradients(self._reached())
@@ -235,8 +244,8 @@ class TwoPassStep:
         if self.previous is not None and plan.direction is not None:
             self.previous.remember(plan.direction)
         after_ascent = ModelState(window.modules)
-        repeat = self._same_masks and window.ascent_inputs is None
-        if self._same_masks and not repeat:
+        repeat = self.settings.same_masks and window.ascent_inputs is None
+        if self.settings.same_masks and not repeat:
             # There are no masks to repeat, as those of the ascent had fewer rows: draw what a plain step would draw.
             rng.rewind(passes[0].random)
         sam_losses = []
@@ -261,7 +270,7 @@ class TwoPassStep:
             return
         if plan.chosen is not None and self._restrict:
             self._look_for_hidden(set(trainable) - have_gradient - set(leftover))
-        share = len(passes) / window.size if self._scope == "microbatch" else 1.0
+        share = len(passes) / window.size if self.settings.scope == "microbatch" else 1.0
         self.metrics.perturbed(
             norm / self._loss_scale(),
             share,
@@ -276,7 +285,7 @@ class TwoPassStep:
         window.models = list(dict.fromkeys(modules_in((self._model, *beside))))
         window.modules = list(dict.fromkeys(module for model in window.models for module in model.modules()))
         window.generators = [*rng.generators_of(window.modules), *rng.generators_in(beside)]
-        if self._cache_frozen and self._same_masks and window.ascent_inputs is None:
+        if self.settings.cache_frozen and self.settings.same_masks and window.ascent_inputs is None:
             window.frozen = frozen_modules(window.models)
         if any(getattr(p, "_post_accumulate_grad_hooks", None) for p in self._reached()):
             raise NotImplementedError(
@@ -287,7 +296,7 @@ class TwoPassStep:
 
     def _perturbed(self, plan: StepPlan) -> AbstractContextManager[Tensor]:
         only = None if plan.chosen is None else set(plan.chosen)
-        return self.perturbation.perturbed(plan.radii, plan.direction, adaptive=self._adaptive, only=only)
+        return self.perturbation.perturbed(plan.radii, plan.direction, adaptive=self.settings.adaptive, only=only)
 
     @staticmethod
     @contextmanager

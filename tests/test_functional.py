@@ -16,7 +16,7 @@ from adasam_hf import AdaSAMSeq2SeqTrainer, SharpnessAwareLoop
 from adasam_hf.directions import Gradient
 from adasam_hf.functional import LogitGradients
 from adasam_hf.metrics import StepMetrics
-from adasam_hf.step import TwoPassStep
+from adasam_hf.step import StepSettings, TwoPassStep
 from adasam_hf.window import StepPlan, Window
 
 RHO = 0.5
@@ -119,8 +119,8 @@ def by_hand(window, loss, scope, scale=1.0, fault=None, start=None, seed=1):
 def ours(window, loss, scope, scale=1.0, wrap=lambda model: model):
     model = bert()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    how = {"scope": scope, "same_masks": True, "functional": True, "adaptive": False, "metrics": StepMetrics()}
-    step = TwoPassStep(model, optimizer, loss_scale=lambda: scale, **how)
+    settings = StepSettings(scope, same_masks=True, adaptive=False, functional=True)
+    step = TwoPassStep(model, optimizer, settings, metrics=StepMetrics(), loss_scale=lambda: scale)
     torch.manual_seed(1)
     called = wrap(model)
 
@@ -231,7 +231,8 @@ def test_models_without_logits_are_refused_before_anything_moves(outputs):
     model = Plain()
     before = model.body.weight.detach().clone()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    how = {"scope": "batch", "same_masks": True, "functional": True, "adaptive": False, "metrics": StepMetrics()}
+    settings = StepSettings("batch", same_masks=True, adaptive=False, functional=True)
+    step = TwoPassStep(model, optimizer, settings, metrics=StepMetrics())
 
     def stock_step(x):
         found = model(x)
@@ -243,7 +244,7 @@ def test_models_without_logits_are_refused_before_anything_moves(outputs):
     with pytest.raises(
         NotImplementedError, match=r"takes the loss's derivative at the logits.*Plain.*sam_descent='loss'"
     ):
-        TwoPassStep(model, optimizer, **how)(window, window[0], stock_step, OneProcess())
+        step(window, window[0], stock_step, OneProcess())
     assert torch.equal(model.body.weight, before)
 
 

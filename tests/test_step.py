@@ -11,7 +11,7 @@ from torch import nn
 
 from adasam_hf.directions import Gradient
 from adasam_hf.metrics import StepMetrics
-from adasam_hf.step import TwoPassStep
+from adasam_hf.step import StepSettings, TwoPassStep
 from adasam_hf.window import StepPlan, Window
 
 LR, RHO = 0.1, 0.3
@@ -135,9 +135,8 @@ def run(training, fault=None):
     storages = [base.untyped_storage() for base in model.bases]
     before = [torch.frombuffer(s, dtype=torch.float64).clone() for s in map(_bytes, storages)]
     optimizer = torch.optim.SGD(model.all, lr=LR, foreach=False)
-    step = TwoPassStep(
-        model, optimizer, scope=training["scope"], same_masks=True, adaptive=False, metrics=StepMetrics()
-    )
+    settings = StepSettings(training["scope"], same_masks=True, adaptive=False)
+    step = TwoPassStep(model, optimizer, settings, metrics=StepMetrics())
     weights = [p.detach().numpy().copy() for p in model.all]
     start = [w.copy() for w in weights]
     direction = Gradient(optimizer)
@@ -218,7 +217,8 @@ def test_the_comparison_can_fail():
 
 def steps_of(model, scope="batch", **more):
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
-    step = TwoPassStep(model, optimizer, scope=scope, same_masks=True, adaptive=False, metrics=StepMetrics(), **more)
+    settings = StepSettings(scope, same_masks=True, adaptive=False)
+    step = TwoPassStep(model, optimizer, settings, metrics=StepMetrics(), **more)
 
     def stock_step(x):
         loss = model(x).square().mean()

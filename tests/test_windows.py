@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from conftest import InOrder, Plain, Sharp, flat, make_model, make_rows
@@ -11,7 +12,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainerCallback
 
-from adasam_hf import AdaSAMTrainer, SharpnessAwareTrainerMixin
+from adasam_hf import AdaSAMTrainer, Perturbation, SharpnessAwareTrainerMixin
 from adasam_hf.containers import copy_containers, modules_in
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -341,3 +342,151 @@ def test_when_an_ascent_is_used_again_does_not_depend_on_the_process(build):
     flags = {"optim": "sgd", "sam_rho": RHO, "sam_interval": 3, "sam_reuse": True}
     build(SkipsTheFirst, make_model("bert", **NO_DROPOUT), make_rows(24), **flags).train()
     assert [passes.count(step) for step in range(6)] == [2, 1, 1, 2, 1, 1]
+
+
+# ---- state of other kinds ----
+
+
+class Tied(nn.Module):
+    """A model some of whose tensors or numbers are unusual; `kind` says which."""
+
+    def __init__(self, kind):
+        super().__init__()
+        torch.manual_seed(0)
+        self.kind, self.a, self.head = kind, nn.Linear(4, 4), nn.Linear(4, 3)
+        self.double()
+        if kind == "a buffer in a weight's memory":
+            self.register_buffer("tied", self.a.weight.detach())
+        if kind == "an attribute in a weight's memory":
+            self.tied = self.a.weight.data
+        if kind == "an expanded buffer":
+            self.register_buffer("mask", torch.ones(1).double().expand(4))
+        self.temperature, self.length = 1.0, None
+        self.moved = []
+
+    def forward(self, input_ids, labels):
+        self.moved.append(self.a.weight.detach().clone())
+        x = torch.nn.functional.one_hot(input_ids % 4, 4).double().mean(1)
+        h = torch.tanh(self.a(x))
+        if self.kind == "a number":
+            self.temperature *= 0.5
+            h = h * self.temperature
+        if self.kind == "a number that there was not":
+            self.length = 1.0 if self.length is None else self.length + 1
+            h = h * self.length
+        if self.kind == "an expanded buffer":
+            h = h * self.mask
+        return {"loss": cross_entropy(self.head(h), labels)}
+
+
+TIED = [
+    "a buffer in a weight's memory",
+    "an attribute in a weight's memory",
+    "an expanded buffer",
+    "a number",
+    "a number that there was not",
+]
+
+
+@SCOPES
+@pytest.mark.parametrize("kind", TIED)
+@pytest.mark.compat(
+    "Model features", "numbers that a forward pass counts; buffers in the memory of weights; expanded ones"
+)
+def test_unusual_state(build, kind, scope):
+    def run(base, **more):
+        model = Tied(kind)
+        options = {"optim": "sgd", "learning_rate": LR, "gradient_accumulation_steps": 2}
+        build(base, model, make_rows(16), **options, **more).train()
+        return model
+
+    plain = run(Plain)
+    tiny = run(Sharp, sam_rho=1e-10, sam_scope=scope)
+    assert (flat(tiny) - flat(plain)).abs().max() < 1e-8
+    assert (tiny.temperature, tiny.length) == (plain.temperature, plain.length)
+    real = run(Sharp, sam_rho=RHO, sam_scope=scope)
+    second = 2 if scope == "batch" else 1  # the first pass at w + δ
+    away = (real.moved[second] - real.moved[0]).norm()
+    assert away > 0.01  # the weights are there where the second pass begins
+    assert (flat(real) - flat(plain)).abs().max() > 1e-6
+
+
+@SCOPES
+def test_generators_of_the_trainer(build, scope):
+    """As for mixing rows in `compute_loss`: both passes draw the same."""
+
+    class Mixes(InOrder):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            self.drawn = [*getattr(self, "drawn", []), self.numbers.random()]
+            return super().compute_loss(model, inputs, *args, **kwargs) * (1 + self.drawn[-1])
+
+    def run(base, **more):
+        kind = type("Mixing", (Mixes, base), {})
+        trainer = build(kind, make_model("bert", **NO_DROPOUT), optim="sgd", learning_rate=LR, **more)
+        trainer.numbers = np.random.default_rng(0)
+        trainer.train()
+        return trainer
+
+    plain, tiny = run(Trainer), run(AdaSAMTrainer, sam_rho=1e-10, sam_scope=scope)
+    assert tiny.drawn == [number for number in plain.drawn for _ in range(2)] and len(set(plain.drawn)) > 1
+    assert (flat(tiny.model) - flat(plain.model)).abs().max() < 1e-8
+
+
+def test_optimizers_inside_backward_are_refused(build):
+    model = make_model("bert")
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(lambda p: None)
+    with pytest.raises(NotImplementedError, match=r"register_post_accumulate_grad_hook.*or set sam_rho=0"):
+        build(Sharp, model, optim="sgd", sam_rho=RHO).train()
+    build(Sharp, model, optim="sgd").train()
+
+
+def test_a_backward_pass_through_a_graph_of_the_old_weights_is_an_error():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1))
+    perturbation = Perturbation(torch.optim.SGD(model.parameters(), lr=0.1))
+    loss = model(torch.randn(2, 3)).square().mean()
+    loss.backward(retain_graph=True)
+    with perturbation.perturbed(0.1), pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+# ---- what callbacks change in mid-training ----
+
+
+@SCOPES
+def test_a_group_that_is_added_between_two_micro_batches(build, scope):
+    class Adds(TrainerCallback):
+        def on_substep_end(self, args, state, control, lr_scheduler=None, **kwargs):
+            if state.global_step == 1 and len(optimizer.param_groups) == 1:
+                optimizer.add_param_group({"params": [*model.bert.parameters()], "lr": LR})
+                lr_scheduler.lr_lambdas.append(lr_scheduler.lr_lambdas[0])
+                lr_scheduler.base_lrs.append(LR)
+
+    model = make_model("bert", **NO_DROPOUT)
+    optimizer = torch.optim.SGD(model.classifier.parameters(), lr=LR)
+    flags = {"sam_rho": RHO, "sam_scope": scope, "gradient_accumulation_steps": 2}
+    before = flat(model)
+    run = build(Sharp, model, callbacks=[Adds()], optimizers=(optimizer, None), **flags)
+    run.train()
+    assert len(optimizer.param_groups) == 2 and (flat(model) - before).abs().max() > 0
+    assert not any("sam_perturbed_steps" in entry for entry in run.state.log_history)
+
+
+def test_arguments_that_a_callback_changes_hold_from_the_next_step_on(build):
+    class Changes(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                args.sam_scope = "microbatch"
+
+    passes = []
+
+    class Counts(InOrder, AdaSAMTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            passes.append((self.state.global_step, inputs["input_ids"][0, 0].item(), inputs["input_ids"][0, 1].item()))
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    flags = {"optim": "sgd", "sam_rho": RHO, "gradient_accumulation_steps": 2}
+    build(Counts, make_model("bert", **NO_DROPOUT), make_rows(32), callbacks=[Changes()], **flags).train()
+    orders = [[row for step, *row in passes if step == number] for number in range(4)]
+    same_first = [order[0] == order[1] for order in orders]  # microbatch: both passes of one, then of the next
+    assert same_first == [False, False, True, True]
