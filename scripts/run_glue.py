@@ -1,7 +1,9 @@
 #!/usr/bin/env python
-"""Fine-tune a model on a GLUE task or on your own sentences. See --help."""
+"""Fine-tune a model on a GLUE task or on your own sentences; the same as `adasam glue`. See --help."""
 
-from adasam_hf.glue.run import main
+import sys
+
+from adasam_hf.cli import run_command
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command("glue"))

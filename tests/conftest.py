@@ -5,10 +5,10 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENI
 
 import csv
 import gc
-import importlib.util
 import json
-import sys
 from pathlib import Path
+from pkgutil import resolve_name
+from types import ModuleType
 
 import pytest
 import torch
@@ -190,18 +190,12 @@ def build(tmp_path):
 # ---- scripts ----
 
 
-def load_script(name: str, folder: str = "scripts"):
-    """A file of scripts/ as a module, the same one however many tests ask for it."""
-    if name in sys.modules:
-        return sys.modules[name]
-    path = Path(__file__).parent.parent / folder / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def load_script(name: str) -> ModuleType:
+    """A file of scripts/ or examples/ as a module; both folders are on pytest's `pythonpath`."""
+    return resolve_name(name)
 
 
-# ---- a run of scripts/run_glue.py ----
+# ---- a run of `adasam glue` ----
 
 SENTENCES = [
     ("a warm and funny film", 1),

@@ -3,6 +3,7 @@
 import configparser
 import importlib.util
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -10,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import load_script
 from test_glue_data import snapshot
 
 import adasam_hf
+from adasam_hf.cli import COMMANDS, run_command
 from adasam_hf.glue.tasks import get_task
 
 ROOT = Path(__file__).parent.parent
@@ -110,7 +111,7 @@ def flags_of(script: str, capsys, monkeypatch) -> str:
     """What its --help says."""
     monkeypatch.setattr(sys, "argv", [script, "--help"])
     with pytest.raises(SystemExit):
-        load_script(Path(script).stem).main()
+        runpy.run_path(str(ROOT / script), run_name="__main__")
     return capsys.readouterr().out
 
 
@@ -138,6 +139,13 @@ def check(words: list[str], capsys, monkeypatch) -> None:
         known = flags_of(words[1], capsys, monkeypatch)
         for flag in (word.split("=")[0] for word in words if word.startswith("--")):
             assert re.search(rf"{flag}\b", known), f"{words[1]} has no {flag}"
+    elif program == "adasam":
+        assert words[1] in COMMANDS, words
+        with pytest.raises(SystemExit):
+            run_command(words[1], [*words[2:3], "--help"] if words[1] == "benchmark" else ["--help"])
+        known = capsys.readouterr().out
+        for flag in (word.split("=")[0] for word in words if word.startswith("--")):
+            assert re.search(rf"{flag}\b", known), f"adasam {words[1]} has no {flag}"
     elif (program, words[1]) == ("python", "-m"):
         assert importlib.util.find_spec(words[2]), words
     else:
@@ -147,7 +155,6 @@ def check(words: list[str], capsys, monkeypatch) -> None:
 @pytest.mark.parametrize("page", [page for page, text in PAGES.items() if blocks(text, "bash")])
 def test_commands(page, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
-    monkeypatch.syspath_prepend(ROOT / "scripts")  # where a script finds its neighbours
     found = commands(PAGES[page])
     assert found
     for words in found:
@@ -162,6 +169,8 @@ def test_commands(page, capsys, monkeypatch):
         "python scripts/run_glue.py --sam_rhoo 1",
         "rm -rf x",
         "python -m nothing",
+        "adasam swep x.yaml",
+        "adasam sweep x.yaml --dri_run",
     ],
 )
 def test_commands_that_do_not_exist_are_found(line, capsys, monkeypatch):

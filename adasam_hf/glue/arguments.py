@@ -1,0 +1,216 @@
+"""The arguments of one fine-tuning run: three dataclasses, YAML files of their values, and the parser."""
+
+import argparse
+import json
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import NoReturn
+
+import yaml
+from transformers import HfArgumentParser
+
+from ..training_args import AdaSAMTrainingArguments
+from .configs import find_config, read_text
+from .tasks import TASKS, get_task
+
+DESCRIPTION = """Fine-tune a classifier on a GLUE task or on your own sentences.
+
+    adasam glue --task_name rte --model_name_or_path roberta-large --optim adasam --sam_rho 0.01 \\
+        --do_train --do_eval --output_dir runs/rte
+    adasam glue --config configs/glue/rte.yaml --config configs/optim/adasam.yaml --output_dir runs/rte
+    adasam glue --train_file train.csv --validation_file dev.csv --model_name_or_path roberta-base \\
+        --optim adasam --do_train --do_eval --output_dir runs/mine
+
+The model, its scores, predictions and record.json, which has all that is needed to repeat the run, go to output_dir.
+"""
+
+
+@dataclass
+class ModelArguments:
+    """Which model is fine-tuned."""
+
+    model_name_or_path: str = field(
+        metadata={"help": "A model on the hub, a folder, or pip:PACKAGE/PATH inside an installed package."}
+    )
+    tokenizer_name: str | None = field(default=None, metadata={"help": "Its tokenizer, if it lies elsewhere."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Where to keep what is downloaded."})
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model."})
+    ignore_mismatched_sizes: bool = field(
+        default=False, metadata={"help": "Replace a head whose number of labels is not the task's by a new one."}
+    )
+    init_from: str | None = field(
+        default=None,
+        metadata={
+            "help": "A finished run of this script (its output_dir): start from its weights under a new head (as "
+            "RTE, MRPC and STS-B from MNLI in the paper [remembered, not re-read]). model_name_or_path stays that of "
+            "the run."
+        },
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run code from the model's repository. Only for repositories you have read."}
+    )
+
+
+@dataclass
+class DataArguments:
+    """Which task, and where its rows come from."""
+
+    task_name: str | None = field(default=None, metadata={"help": f"A GLUE task: {', '.join(TASKS)}."})
+    dataset_name_or_path: str = field(
+        default="nyu-mll/glue", metadata={"help": "GLUE on the hub, or a local folder in the same layout."}
+    )
+    train_file: str | None = field(default=None, metadata={"help": "Your own training rows: CSV, TSV, JSON or JSONL."})
+    validation_file: str | None = field(default=None, metadata={"help": "Your own validation rows."})
+    test_file: str | None = field(default=None, metadata={"help": "Your own rows to predict."})
+    text_column_names: str | None = field(
+        default=None, metadata={"help": "The one or two text columns of your files, separated by a comma."}
+    )
+    label_column_name: str = field(default="label", metadata={"help": "The label column of your files."})
+    max_seq_length: int = field(default=128, metadata={"help": "Longer inputs are cut to so many tokens."})
+    pad_to_max_length: bool = field(
+        default=False,
+        metadata={"help": "Pad all inputs to max_seq_length, instead of a batch to its longest, in multiples of 8."},
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first so many rows only."})
+    subset_seed: int | None = field(
+        default=None,
+        metadata={
+            "help": "Shuffle the training rows by this seed before max_train_samples and held_out_samples are taken. "
+            "Unset: in the order of the data."
+        },
+    )
+    held_out_samples: int | None = field(
+        default=None,
+        metadata={
+            "help": "Evaluate on so many training rows, which are held out (those after max_train_samples, or the last "
+            "ones), instead of the validation split: for choosing hyperparameters."
+        },
+    )
+    selection_samples: int | None = field(
+        default=None,
+        metadata={
+            "help": "Do not train on the last so many training rows, but evaluate on them during training, so that "
+            "load_best_model_at_end keeps what is best on them; the scores at the end are of other rows."
+        },
+    )
+    label_noise: float | None = field(
+        default=None,
+        metadata={
+            "help": "Give this share of the training rows another label, drawn by subset_seed (unset: 0). Rows that "
+            "are evaluated keep theirs."
+        },
+    )
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on the first so many rows only."})
+    max_predict_samples: int | None = field(default=None, metadata={"help": "Predict the first so many rows only."})
+    measure_gap: float | None = field(
+        default=None,
+        metadata={
+            "help": "After training, measure sam_gap of the final weights at this radius, on four training batches "
+            "without dropout (final_sam_gap): how sharp they are, whatever the optimizer was."
+        },
+    )
+    overwrite_cache: bool = field(default=False, metadata={"help": "Tokenize again what has been tokenized before."})
+
+    def __post_init__(self) -> None:
+        if self.task_name is not None:
+            self.task_name = self.task_name.lower()
+            get_task(self.task_name)
+        elif self.train_file is None:
+            raise ValueError(
+                f"task_name and train_file are not set; name a task ({', '.join(TASKS)}) or a file (which defines the "
+                "labels, so it is needed also where nothing is trained)"
+            )
+        for name in (
+            "max_seq_length",
+            "max_train_samples",
+            "held_out_samples",
+            "selection_samples",
+            "max_eval_samples",
+            "max_predict_samples",
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(
+                    f"{name}={value!r} must be at least 1" + ("" if name == "max_seq_length" else ", or unset")
+                )
+        if self.label_noise is not None and not 0 <= self.label_noise <= 1:
+            raise ValueError(f"label_noise={self.label_noise!r} must be a share in [0, 1], or unset; try 0.2")
+        if self.measure_gap is not None and not 0 < self.measure_gap < float("inf"):
+            raise ValueError(f"measure_gap={self.measure_gap!r} must be a finite radius > 0, or unset; try 0.05")
+
+
+@dataclass(repr=False)
+class GlueTrainingArguments(AdaSAMTrainingArguments):
+    """`AdaSAMTrainingArguments`; one of the three jobs must be asked for."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (self.do_train or self.do_eval or self.do_predict):
+            raise ValueError("nothing to do; pass --do_train, --do_eval or --do_predict")
+
+
+def config_tokens(path: str, known: set[str]) -> list[str]:
+    """A YAML file as command-line tokens, so that argparse converts and checks its values.
+
+    (PyYAML takes 1e-5 for text, and a dataclass would keep it so.)
+
+    Raises:
+        FileNotFoundError: without the file.
+        ValueError: if it is no YAML or no mapping, or has a key that is not `known`.
+    """
+    text = read_text(find_config(path), f"config={path!r}")
+    try:
+        typed, plain = yaml.safe_load(text), yaml.load(text, Loader=yaml.BaseLoader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"config={path!r} is no YAML that can be read: {' '.join(str(error).split())}") from error
+    if not isinstance(typed, dict):
+        raise ValueError(f"config={path!r} must be a mapping of argument names to values")
+    if unknown := sorted(set(typed) - known):
+        raise ValueError(f"config={path!r} has unknown keys {unknown}; see --help for the arguments")
+    tokens: list[str] = []
+    for name, value in plain.items():
+        if typed[name] is None:
+            continue
+        if isinstance(value, list):
+            tokens += [f"--{name}", *value]
+        else:
+            tokens.append(f"--{name}={json.dumps(typed[name]) if isinstance(value, dict) else value}")
+    return tokens
+
+
+# HfArgumentParser rewrites the types of the dataclasses' fields while it reads them: no two threads at once.
+_PARSING = threading.Lock()
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)  # without the usage, which is as long as Transformers' arguments are many
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Help texts with their defaults, below a description as it is."""
+
+
+def parse(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, GlueTrainingArguments]:
+    """Arguments from `argv`, where each --config FILE.yaml stands for its entries and all others come after them."""
+    classes = (ModelArguments, DataArguments, GlueTrainingArguments)
+    with _PARSING:
+        parser = _Parser(
+            classes,  # type: ignore[arg-type]  # no class is Transformers' NewType of Any
+            prog="adasam glue",
+            description=DESCRIPTION,
+            formatter_class=_HelpFormatter,
+            allow_abbrev=False,
+            conflict_handler="resolve",
+        )
+    parser.add_argument(
+        "--config", action="append", default=[], metavar="FILE.yaml", help="Read arguments from FILE; may be repeated."
+    )
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config", action="append", default=[])
+    known = {f.name for c in classes for f in fields(c)}
+    configs, rest = first.parse_known_args(argv)
+    words = [token for path in configs.config for token in config_tokens(path, known)] + rest
+    model_args, data_args, args, _ = parser.parse_args_into_dataclasses(args=words, look_for_args_file=False)
+    return model_args, data_args, args
