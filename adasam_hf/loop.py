@@ -71,7 +71,7 @@ class SharpnessAwareLoop:
     Raises:
         TypeError: if `optimizer` is not a torch optimizer.
         ValueError: for a value out of range, or a `model` that does not have the optimizer's parameters.
-        NotImplementedError: where the two-pass step is not shown to be right (see the compatibility table).
+        NotImplementedError: where no test shows the two-pass step to be right (see the compatibility table).
     """
 
     def __init__(
@@ -126,13 +126,13 @@ class SharpnessAwareLoop:
             raise TypeError(f"optimizer={kind} must be a torch.optim.Optimizer, or a prepared one")
         if self.rho is None and not isinstance(innermost(self._optimizer), AdaSAM):
             raise ValueError(
-                f"rho=None stands for the radii of an AdaSAM, and the optimizer is {kind}; pass rho=0.05, or rho=0 for "
+                f"rho=None means the radii of an AdaSAM, but the optimizer is {kind}; pass rho=0.05, or rho=0 for "
                 "the plain loop"
             )
         if beside := len(set(optimized(self._optimizer)) - set(self._inner.parameters())):
             raise ValueError(
                 f"model={type(self._inner).__name__} lacks {beside} of the optimizer's parameters, and the second pass "
-                "keeps the gradients and buffers of one module; make one that has them all (before prepare)"
+                "restores the gradients and buffers of one module only; put them all into one (before prepare)"
             )
         if any(self._planner.radii):
             self._planner.chosen()  # raises if there are none
@@ -181,7 +181,7 @@ class SharpnessAwareLoop:
 
         Args:
             loss_fn: computes the loss, a tensor of one element, from `inputs`. Both passes call it, the second in scope
-                ``batch`` after other micro-batches: whatever is another one for each micro-batch must be an input.
+                ``batch`` after other micro-batches: whatever differs between micro-batches must be an input.
             inputs: of this micro-batch, at least one. They are held until the second pass.
             last: whether the update follows this micro-batch. Unset: whether ``accelerator.sync_gradients``, which
                 `accelerator.accumulate` keeps; without `accumulate` it is always true.
@@ -258,9 +258,9 @@ class SharpnessAwareLoop:
     def _refuse_second_step(self) -> None:
         if self._closed is not None and not self._closed.others_cleared_gradients():
             raise RuntimeError(
-                "a step begins while the gradients of the one before are still there, and no update has taken them; "
+                "a step begins while the gradients of the one before are still there, and no update has used them; "
                 "with gradient accumulation use accelerator.accumulate(model), or pass last=False with all micro-"
-                "batches of a step but its last (scope='microbatch' needs neither); to give a step up, call "
+                "batches of a step but its last (scope='microbatch' needs neither); to abandon a step, call "
                 "optimizer.zero_grad()"
             )
 
@@ -270,9 +270,9 @@ class SharpnessAwareLoop:
         for window in (self._open, self._closed):
             if window is not None and window.unfinished and not window.others_cleared_gradients():
                 raise RuntimeError(
-                    f"optimizer.step() before {sum(one is not None for one in window)} micro-batches have come through "
-                    "their second pass: none of them was the last of the step, or the pass failed; pass last=True with "
-                    "the last one, or call optimizer.zero_grad() to give the step up"
+                    f"optimizer.step() before {sum(one is not None for one in window)} micro-batches have had their "
+                    "second pass: none of them was the last of the step, or the pass failed; pass last=True with "
+                    "the last one, or call optimizer.zero_grad() to abandon the step"
                 )
 
     def _after_update(self) -> None:
@@ -332,9 +332,9 @@ class _OpenWindow(Window):
         changes = [change for one in ahead for change in one.changes()] if last else []
         if changes:
             raise RuntimeError(
-                f"{changes[0]} of loss_fn is no longer what the first pass of its micro-batch has seen, so that the "
-                "second pass would see something else; whatever is another one for each micro-batch must be an input, "
-                "and stay as it is until the update: sam.backward(loss_fn, batch)"
+                f"{changes[0]} of loss_fn is no longer what the first pass of its micro-batch saw, so the second pass "
+                "would see something else; whatever differs between micro-batches must be an input, and stay unchanged "
+                "until the update: sam.backward(loss_fn, batch)"
             )
         self[:] = [*ahead, micro_batch] if last else [*ahead, micro_batch, None]
         self.size = len(self)

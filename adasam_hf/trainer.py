@@ -90,7 +90,7 @@ class SharpnessAwareTrainerMixin(ModelCardMixin, CompleteCheckpointsMixin, _Base
 
     Raises:
         TypeError: if `args` lacks the sharpness-aware arguments.
-        NotImplementedError: before training, where the two-pass step is not shown to be right.
+        NotImplementedError: before training, where no test shows the two-pass step to be right.
     """
 
     args: SharpnessAwareArgumentsMixin
@@ -154,7 +154,7 @@ class SharpnessAwareTrainerMixin(ModelCardMixin, CompleteCheckpointsMixin, _Base
                 activity.record(run.perturbed_here)
 
     def _end_training(self, arguments: dict[str, Any]) -> None:
-        """Look back at a training that came to its end, or at one whose loop has bypassed us from its start."""
+        """Look back at a finished training, or at one whose loop has bypassed us from the start."""
         if self._run is None and not arguments.get("resume_from_checkpoint"):  # which may have had nothing left to do
             radius = max(base_radii(self.args, self.optimizer), default=0.0)
             if radius and self.state.global_step and self.is_world_process_zero():
