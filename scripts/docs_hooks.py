@@ -118,7 +118,7 @@ def _help_of(words: list[str]) -> str:
 
 
 def _listing(text: str) -> str:
-    return f"<pre><code>{html.escape(text.strip())}</code></pre>"
+    return f'<pre class="help"><code>{html.escape(text.strip())}</code></pre>'
 
 
 # ---- the notebook ----
