@@ -41,8 +41,8 @@ class CompleteCheckpointsMixin(_Base):
             resume_from_checkpoint = broadcast_object_list(found)[0]
             if resume_from_checkpoint is None:
                 raise ValueError(
-                    f"resume_from_checkpoint=True: output_dir={self.args.output_dir!r} has no checkpoint that was "
-                    "saved to its end; leave it unset to start from the beginning"
+                    f"resume_from_checkpoint=True: output_dir={self.args.output_dir!r} has no completely saved "
+                    "checkpoint; leave it unset to start from the beginning"
                 )
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
@@ -75,7 +75,7 @@ def last_complete(folder: str | Path, usual_weights: bool = True) -> str | None:
         fault = _fault(path, usual_weights)
         if fault is None:
             return str(path)
-        logger.warning(f"{path} is passed over, as it was not saved to its end: {fault}")
+        logger.warning(f"{path} is skipped, as it was not completely saved: {fault}")
     return None
 
 

@@ -46,7 +46,7 @@ class Rows(NamedTuple):
     def of(cls, batch: Any, paired: bool) -> "Rows":
         rows = _count_rows(batch)
         if paired and rows % 2:
-            raise NotUnderstood(f"{rows} rows are no pairs, as those of a preference batch")
+            raise NotUnderstood(f"{rows} rows are not pairs, as a preference batch has them")
         counts = _rows_with_labels(batch, rows)
         units = rows // 2 if paired else rows
         useful = [i for i in range(units) if counts[i] or (paired and counts[units + i])]

@@ -27,7 +27,7 @@ from .window import StepPlan, Window
 
 
 class SharpnessAwareLoop:
-    r"""Makes a training loop with Accelerate sharpness-aware: `backward` stands where `accelerator.backward` stood.
+    r"""Makes a training loop with Accelerate sharpness-aware: call its `backward` instead of the accelerator's.
 
         model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
         sam = SharpnessAwareLoop(accelerator, model, optimizer, rho=0.05)
@@ -38,41 +38,41 @@ class SharpnessAwareLoop:
                     accelerator.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step(); scheduler.step(); optimizer.zero_grad()
 
-    One optimizer step is what `step.TwoPassStep` says, as in the Trainer of this package. In scope ``batch`` the calls
-    for all micro-batches of a step but the last run the first pass alone, and keep their inputs; the last one perturbs
-    the weights along the gradient of them all, takes the second pass for each, with the same dropout masks and buffers,
-    and restores w. Then ``.grad`` has the gradient at w + δ, scaled as in the plain loop: `accelerator.backward` is
-    what is called, so that it divides by ``gradient_accumulation_steps`` and knows the gradient scaler. In scope
-    ``microbatch`` every call does so for its own micro-batch. With radius 0 the plain loop results, bit for bit.
+    An optimizer step is that of `step.TwoPassStep`, as in this package's Trainer. In scope ``batch``, the calls for all
+    micro-batches of a step except the last run only the first pass and hold on to their inputs. The last call perturbs
+    the weights along the gradient of all of them, takes the second pass for each with the same dropout masks and
+    buffers, and restores w. Then ``.grad`` holds the gradient at w + δ, scaled as in the plain loop, because
+    `accelerator.backward` does the work: it divides by ``gradient_accumulation_steps`` and knows the gradient scaler.
+    In scope ``microbatch`` every call does all of this for its micro-batch. Radius 0 is the plain loop, bit for bit.
 
-    The weights are away from w only inside `backward`; if it raises, they are back at w. Nothing has to be saved beside
-    model, optimizer and generators to resume.
+    The weights differ from w only inside `backward`, and are back at w if it raises. To resume, nothing has to be saved
+    besides model, optimizer and generators.
 
-    Without `Accelerator.prepare`, a loop of plain PyTorch takes ``SharpnessAwareLoop(Accelerator(), model,
-    optimizer)``, divides the loss itself, and says which micro-batch is the `last` of a step.
+    Without `Accelerator.prepare`, a plain PyTorch loop uses ``SharpnessAwareLoop(Accelerator(), model, optimizer)``,
+    divides the loss itself, and says which micro-batch is the `last` of a step.
 
     Args:
         accelerator: whose `backward`, scaler and processes are used.
-        model: as `prepare` has returned it: one module that has all parameters of the optimizer, and whatever else
-            the loss runs through in training mode.
-        optimizer: any of torch's, or what `prepare` has made of it. Its groups are read at every step.
+        model: as returned by `prepare`: one module with all parameters of the optimizer, and whatever else the loss
+            runs through in training mode.
+        optimizer: a torch optimizer, or what `prepare` returned for it. Its groups are read at every step.
         rho: radius ρ >= 0 in weight units, for all groups; 0 for the plain loop. It is written into the groups of an
-            `AdaSAM`. None: the radius of each group of an `AdaSAM`.
+            `AdaSAM`. None: the radius of each of the `AdaSAM`'s groups.
         scope: whose gradient the ascent follows: that of the whole optimizer step (``batch``), or each micro-batch's
             own (``microbatch``).
-        sync: with several processes in scope ``batch``: whether the ascent follows the gradient of them all, so that
-            they follow one process with the same global batch; otherwise each follows its own.
+        sync: with several processes in scope ``batch``: whether the ascent gradient is averaged over them, so that they
+            follow one process with the same global batch; otherwise each follows its own.
         dropout: masks of the second pass: the ``same`` as in the first, or ``fresh``.
         direction: ``gradient``, or the optimizer's ``momentum``, which needs no first pass.
         descent: what the second pass takes the gradient of: the ``loss``, or (``functional``) the logits, weighted by
             the loss's derivative from the first pass (`functional.LogitGradients`).
         adaptive: radius relative to the size of each weight (ASAM, arXiv:2102.11600).
-        parameters: those that move: ``all``, ``norm``, or a regular expression over their names.
+        parameters: those that are perturbed: ``all``, ``norm``, or a regular expression over their names.
 
     Raises:
         TypeError: if `optimizer` is not a torch optimizer.
         ValueError: for a value out of range, or a `model` that does not have the optimizer's parameters.
-        NotImplementedError: where the two-pass step is not shown to be right (see the compatibility table).
+        NotImplementedError: where no test shows the two-pass step to be right (see the compatibility table).
     """
 
     def __init__(
@@ -131,13 +131,13 @@ class SharpnessAwareLoop:
             raise TypeError(f"optimizer={kind} must be a torch.optim.Optimizer, or a prepared one")
         if self.rho is None and not isinstance(innermost(self._optimizer), AdaSAM):
             raise ValueError(
-                f"rho=None stands for the radii of an AdaSAM, and the optimizer is {kind}; pass rho=0.05, or rho=0 for "
+                f"rho=None means the radii of an AdaSAM, but the optimizer is {kind}; pass rho=0.05, or rho=0 for "
                 "the plain loop"
             )
         if beside := len(set(optimized(self._optimizer)) - set(self._inner.parameters())):
             raise ValueError(
                 f"model={type(self._inner).__name__} lacks {beside} of the optimizer's parameters, and the second pass "
-                "keeps the gradients and buffers of one module; make one that has them all (before prepare)"
+                "restores the gradients and buffers of one module only; put them all into one (before prepare)"
             )
         if any(self._planner.radii):
             self._planner.chosen()  # raises if there are none
@@ -191,21 +191,21 @@ class SharpnessAwareLoop:
     # ---- one micro-batch ----
 
     def backward(self, loss_fn: LossFunction, *inputs: Any, last: bool | None = None) -> Tensor:
-        """What ``accelerator.backward(loss_fn(*inputs))`` is in a plain loop, in both passes.
+        """Does what ``accelerator.backward(loss_fn(*inputs))`` does in a plain loop, in both passes.
 
         Args:
             loss_fn: computes the loss, a tensor of one element, from `inputs`. Both passes call it, the second in scope
-                ``batch`` after other micro-batches: whatever is another one for each micro-batch must be an input.
+                ``batch`` after other micro-batches: whatever differs between micro-batches must be an input.
             inputs: of this micro-batch, at least one. They are held until the second pass.
-            last: whether the update follows this micro-batch. Unset: whether ``accelerator.sync_gradients``, which
-                `accelerator.accumulate` keeps; without `accumulate` it is always true.
+            last: whether the update follows this micro-batch. Unset: ``accelerator.sync_gradients``, which
+                `accelerator.accumulate` maintains; without `accumulate` it is always true.
 
         Returns: what `loss_fn` returned at w, detached (along the momentum: at w + δ).
 
         Raises:
-            TypeError: if `loss_fn` cannot be called in both passes, or returns something else than a tensor.
+            TypeError: if `loss_fn` cannot be called in both passes, or does not return a tensor.
             RuntimeError: if `last` contradicts Accelerate, what is to be replayed has changed, or the gradients of the
-                step before are still there and no update has taken them.
+                step before are still there and no update has used them.
         """
         micro_batch = MicroBatch(loss_fn, inputs)
         last = self._is_last(last)
@@ -270,9 +270,9 @@ class SharpnessAwareLoop:
     def _refuse_second_step(self) -> None:
         if self._closed is not None and not self._closed.others_cleared_gradients():
             raise RuntimeError(
-                "a step begins while the gradients of the one before are still there, and no update has taken them; "
+                "a step begins while the gradients of the one before are still there, and no update has used them; "
                 "with gradient accumulation use accelerator.accumulate(model), or pass last=False with all micro-"
-                "batches of a step but its last (scope='microbatch' needs neither); to give a step up, call "
+                "batches of a step but its last (scope='microbatch' needs neither); to abandon a step, call "
                 "optimizer.zero_grad()"
             )
 
@@ -282,9 +282,9 @@ class SharpnessAwareLoop:
         for window in (self._open, self._closed):
             if window is not None and window.unfinished and not window.others_cleared_gradients():
                 raise RuntimeError(
-                    f"optimizer.step() before {sum(one is not None for one in window)} micro-batches have come through "
-                    "their second pass: none of them was the last of the step, or the pass failed; pass last=True with "
-                    "the last one, or call optimizer.zero_grad() to give the step up"
+                    f"optimizer.step() before {sum(one is not None for one in window)} micro-batches have had their "
+                    "second pass: none of them was the last of the step, or the pass failed; pass last=True with "
+                    "the last one, or call optimizer.zero_grad() to abandon the step"
                 )
 
     def _after_update(self) -> None:
@@ -344,9 +344,9 @@ class _OpenWindow(Window):
         changes = [change for one in ahead for change in one.changes()] if last else []
         if changes:
             raise RuntimeError(
-                f"{changes[0]} of loss_fn is no longer what the first pass of its micro-batch has seen, so that the "
-                "second pass would see something else; whatever is another one for each micro-batch must be an input, "
-                "and stay as it is until the update: sam.backward(loss_fn, batch)"
+                f"{changes[0]} of loss_fn is no longer what the first pass of its micro-batch saw, so the second pass "
+                "would see something else; whatever differs between micro-batches must be an input, and stay unchanged "
+                "until the update: sam.backward(loss_fn, batch)"
             )
         self[:] = [*ahead, micro_batch] if last else [*ahead, micro_batch, None]
         if last:

@@ -1,4 +1,4 @@
-"""What is logged of the two passes: counted when the weights have been perturbed, and on the device."""
+"""The logged values of the two passes, summed on the device for steps that were perturbed."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,8 +8,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 # Why a step that was to perturb the weights was a plain one.
-SKIPPED = "the trainer did not take all of its micro-batches to the end (a batch that it skips, or gives up)"
-NO_GRADIENT = "the batch has no gradient for any parameter that may move"
+SKIPPED = "the trainer did not finish all micro-batches of the step (it skipped or abandoned a batch)"
+NO_GRADIENT = "the batch has no gradient for any parameter that may be perturbed"
 FROZEN = "all parameters that sam_parameters names are frozen"
 NO_NORM = "the gradient was 0 or not finite (rows without labels, or an overflow)"
 

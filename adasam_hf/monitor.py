@@ -1,4 +1,4 @@
-"""Warns, while a run trains, of a radius that does not do what it is there for."""
+"""Warns during training of a radius that does not do its job."""
 
 import math
 from collections.abc import Collection
@@ -61,26 +61,26 @@ class RadiusMonitor:
             self._look_for_collapse(steps, loss, values["sam_gap"])
 
     def plain_steps(self, steps: float, planned: int, reasons: Collection[str]) -> None:
-        """Of `planned` steps that were to be perturbed only `steps` were."""
+        """Of `planned` steps only `steps` were perturbed."""
         for reason in sorted(reasons):
             self._warn_once(
                 reason,
-                f"{planned - steps:g} of {planned} sharpness-aware steps were plain ones: {reason}; "
-                "sam_perturbed_steps in the log counts those that were not",
+                f"{planned - steps:g} of {planned} sharpness-aware steps were plain steps: {reason}; "
+                "sam_perturbed_steps in the log counts the perturbed ones",
             )
 
     def never(self, planned: int, reasons: Collection[str]) -> None:
-        """A training has ended without a perturbed step, of which `planned` were to be."""
+        """A training has ended in which none of the `planned` steps was perturbed."""
         if not planned:
             logger.warning(
-                f"{self._name}={self._rho:g}, but no step of this training was to be perturbed, so it was plain "
-                "training: it ended outside sam_start to sam_end, or its loop does not call training_step"
+                f"{self._name}={self._rho:g}, but this was plain training, as no step was planned to be perturbed: it "
+                "ended outside sam_start to sam_end, or its loop does not call training_step"
             )
             return
         why = f" ({'; '.join(sorted(reasons))})" if reasons else ""
         logger.warning(
-            f"{self._name}={self._rho:g}, but none of this training's {planned} steps that were to be perturbed was: "
-            f"it was plain training{why}"
+            f"{self._name}={self._rho:g}, but this was plain training: none of the {planned} steps planned to be "
+            f"perturbed could be{why}"
         )
 
     def _look_for_collapse(self, steps: float, loss: float, gap: float) -> None:

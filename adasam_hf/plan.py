@@ -50,7 +50,7 @@ def base_radii(args: PlanArguments, optimizer: Optimizer) -> list[float]:
 
 
 class Planner:
-    """Plans the steps of one training. The optimizer's groups are read at every step, never remembered.
+    """Plans the steps of one training. The optimizer's groups are read at every step, never stored.
 
     Args:
         args: read at every step, too.
@@ -117,8 +117,8 @@ class Planner:
         if direction is self.own_direction and not direction.first_pass and not self._has_vectors(direction):
             if updated:
                 raise RuntimeError(
-                    f"sam_direction={self.args.resolved_direction!r}: after an update the optimizer keeps no first "
-                    "moment; choose one that does (adasam, adamw_torch, sam with sgd_momentum above 0), or "
+                    f"sam_direction={self.args.resolved_direction!r}: after an update the optimizer has no first "
+                    "moment; choose one that has (adasam, adamw_torch, sam with sgd_momentum above 0), or "
                     "sam_direction='gradient'"
                 )
             return plain

@@ -1,4 +1,4 @@
-"""What the two-pass step refuses, before anything is trained. What is not shown to work is refused."""
+"""What the two-pass step refuses before training: everything that no test has shown to work."""
 
 import inspect
 from dataclasses import dataclass
@@ -95,8 +95,8 @@ def obstacle(setup: Setup) -> Obstacle | None:
         )
     if setup.direction in ("momentum", "preconditioned") and setup.optimizer.startswith(("galore", "apollo")):
         return Obstacle(
-            f"optim={setup.optimizer!r} and {sam}direction={setup.direction!r}, as its moments have another shape than "
-            "the weights",
+            f"optim={setup.optimizer!r} and {sam}direction={setup.direction!r}, as the shape of its moments differs from "
+            "that of the weights",
             "use sam_direction='gradient' (sam_preset='full' or 'fast')",
         )
     if kind is DistributedType.DEEPSPEED:
@@ -112,7 +112,7 @@ def obstacle(setup: Setup) -> Obstacle | None:
     if setup.devices > 1:
         return Obstacle(
             f"torch.nn.DataParallel over {setup.devices} devices",
-            "start it with torchrun, or show it one device (CUDA_VISIBLE_DEVICES=0)",
+            "start it with torchrun, or make one device visible (CUDA_VISIBLE_DEVICES=0)",
         )
     if partial and setup.reentrant:
         return Obstacle(
@@ -124,7 +124,7 @@ def obstacle(setup: Setup) -> Obstacle | None:
             return Obstacle("FSDP version 1", "use version 2 (fsdp_config={'version': 2}), or DistributedDataParallel")
         if setup.per_process:
             return Obstacle(
-                "FSDP2 and an ascent of each process by itself, whose gradients it does not hand out",
+                "FSDP2 and a separate ascent on each process, whose gradients it does not expose",
                 f"use {sam}scope='batch' with {sam}sync=True",
             )
         if partial:
@@ -167,7 +167,7 @@ _SEAMS = {
 
 
 def refuse_overrides(kind: type[Trainer], mixin: type, args: SharpnessAwareArgumentsMixin) -> None:
-    """Refuse trainers whose own code, in front of `mixin`, would make another thing of the two passes in silence.
+    """Refuse trainers whose own code, in front of `mixin`, would silently break the two passes.
 
     Raises:
         NotImplementedError: naming the class, the method and the remedy.
@@ -180,15 +180,15 @@ def refuse_overrides(kind: type[Trainer], mixin: type, args: SharpnessAwareArgum
             if name in functions and not any(name in called and called & ways_up for called in names):  # or a helper
                 raise NotImplementedError(
                     f"{cls.__module__}.{cls.__qualname__} overrides {name} without super().{name}(...), so no step "
-                    f"would be perturbed as it should; call it there, {remedy}, or set sam_rho=0"
+                    f"would be perturbed correctly; call it there, {remedy}, or set sam_rho=0"
                 )
         window = args.gradient_accumulation_steps > 1 and args.sam_scope == "batch"
         if window and "training_step" in vars(cls) and cls.__module__.partition(".")[0] not in _KNOWN:
             logger.warning(
                 f"{cls.__module__}.{cls.__qualname__} overrides training_step: with gradient_accumulation_steps="
                 f"{args.gradient_accumulation_steps} all second passes are taken inside the call for the last "
-                "micro-batch. If it keeps something for each micro-batch that compute_loss reads, they see the last "
-                "one's; then set sam_scope='microbatch'"
+                "micro-batch. If it stores something for each micro-batch that compute_loss reads, all of them see "
+                "that of the last one; in that case set sam_scope='microbatch'"
             )
     if kind._prepare_inputs is not Trainer._prepare_inputs:
         # As in trl's GRPOTrainer, which makes new completions there: the second pass would see other data.

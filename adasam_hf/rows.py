@@ -105,7 +105,7 @@ def is_paired(trainer: Any) -> bool:
             if name in PAIRED | UNPAIRED:
                 return name in PAIRED
             raise NotImplementedError(
-                f"sam_ascent_fraction below 1 takes some of a batch's rows, which those of trl's {name} do not "
+                f"sam_ascent_fraction below 1 takes some of a batch's rows, which batches of trl's {name} do not "
                 "allow; use sam_ascent_fraction=1"
             )
     return False

@@ -99,7 +99,7 @@ class SharpnessAwareRun:
         return window
 
     def _leave_window(self, trainer: SharpnessAwareTrainer) -> None:
-        """See to a window that has not been gone through: without an update, its gradients belong to the next one."""
+        """Finish a window that was not completed: without an update, its gradients belong to the next one."""
         window = self._window
         if not window.plan.perturbs or window.complete:
             return
@@ -163,7 +163,7 @@ class SharpnessAwareRun:
                 model.train()
                 if callable(train := getattr(trainer.optimizer, "train", None)):
                     train()
-            # Callbacks have been told that the step begins, and may have thawed layers, or added a group.
+            # By now callbacks know that the step begins, and may have thawed layers or added a group.
             window.begun = True
             self._follow_optimizer(trainer)
             self._plan(trainer, window)
@@ -194,7 +194,7 @@ class SharpnessAwareRun:
         return here and window.expects(inputs)
 
     def finish_step(self) -> None:
-        """Before the update: see to what a trainer has left of the window."""
+        """Before the update: finish what a trainer has left of the window."""
         if self._finish is not None:
             self._finish()
 
@@ -265,8 +265,8 @@ class SharpnessAwareRun:
             )
         if any(radii) and not args.sam_schedule.steps(max(total, 1)):
             logger.warning(
-                f"sam_start={args.sam_start} and sam_end={args.sam_end} leave no step to perturb the weights in, of "
-                f"{total}; train longer, or move them apart"
+                f"sam_start={args.sam_start} and sam_end={args.sam_end} leave no step in which to perturb the weights, "
+                f"of {total}; train longer, or move them apart"
             )
         if not any(radii) and (idle := args.arguments_without_effect()):
             logger.warning(f"{', '.join(idle)}: without effect at radius 0; pass --optim adasam, or --sam_rho 0.05")

@@ -168,8 +168,9 @@ class TwoPassStep:
         """The stock step at w, on what the ascent sees and for the parameters that may move. Returns its loss."""
         if self.settings.scope == "batch" and any(one.position == position for one in window.passes):
             raise RuntimeError(
-                f"{self._owner} takes one micro-batch of several twice, which {self._prefix}scope='batch' cannot "
-                "replay: by the second pass, whatever changed between the two calls has changed back; set "
+                f"{self._owner} takes one micro-batch of an accumulated step twice, which "
+                f"{self._prefix}scope='batch' cannot replay: whatever changed between the two calls has changed back "
+                "by the second pass; set "
                 f"{self._prefix}scope='microbatch', gradient_accumulation_steps=1, or {self._prefix}rho=0"
             )
         frozen = FrozenOutputs(window.frozen, self._trust, window.models)
@@ -228,8 +229,8 @@ class TwoPassStep:
         if changed and window.ascent_inputs is None and not self._warned_of_inputs:
             self._warned_of_inputs = True
             logger.warning(
-                f"compute_loss, or the model, changes inputs {changed} in place. If the change is another one when it "
-                "is done twice, the second pass sees another batch; change a copy then"
+                f"compute_loss, or the model, changes inputs {changed} in place. If making that change twice "
+                "gives other inputs, the second pass sees another batch; in that case change a copy"
             )
         return loss
 
@@ -318,8 +319,8 @@ class TwoPassStep:
         if not window.others_cleared_gradients():
             raise RuntimeError(
                 f"gradients have changed between two micro-batches of one step, in {self._owner} or a callback; in "
-                f"{self._prefix}scope='batch' they are the ascent's, which is thrown away. Add to the loss itself, set "
-                f"{self._prefix}scope='microbatch', or set {self._prefix}rho=0"
+                f"{self._prefix}scope='batch' they belong to the ascent and are discarded. Add to the loss instead, "
+                f"set {self._prefix}scope='microbatch', or set {self._prefix}rho=0"
             )
         window.take_passes()
         window.losses, window.leftover = [], {}

@@ -16,12 +16,12 @@ def ascends_per_process(args: Any) -> bool:
 
 
 class Synchronization:
-    """Of the gradients of one model.
+    """Decides when the gradients of one model are averaged over processes.
 
     Args:
-        per_process: whether each process ascends along its own gradient, so that those of the ascent never travel.
+        per_process: whether each process ascends along its own gradient, and those of the ascent are never averaged.
         restricted: whether only some parameters have a gradient in the ascent. DistributedDataParallel would wait for
-            the others, so that the few that there are travel by themselves, before the weights are perturbed.
+            the others, so the few that exist are averaged separately, before the weights are perturbed.
     """
 
     def __init__(self, accelerator: Accelerator, model: nn.Module, per_process: bool, restricted: bool = False) -> None:

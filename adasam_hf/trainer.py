@@ -68,29 +68,29 @@ class SharpnessAwareTrainerMixin(ModelCardMixin, CompleteCheckpointsMixin, _Base
 
         class MyAdaSAMTrainer(SharpnessAwareTrainerMixin, MyTrainer): ...
 
-    `step.TwoPassStep` says what one optimizer step does, with which weights, gradients and random numbers. The weights
-    are away from w only inside one call of `training_step`: callbacks, evaluations and checkpoints see w. With radius 0
-    nothing is added and a stock run results, bit for bit. A step that cannot be perturbed is a stock step, and counted.
+    `step.TwoPassStep` describes one optimizer step: its weights, gradients and random numbers. The weights differ from
+    w only inside one call of `training_step`: callbacks, evaluations and checkpoints see w. Radius 0 is the stock run,
+    bit for bit. A step that cannot be perturbed is a stock step, and is counted.
 
     With several processes the ascent's gradient is averaged over them (``sam_sync``), so that the run follows one
     process with the same global batch; in scope ``microbatch``, or with ``sam_sync=False``, each process ascends along
-    its own and the ascent has no gradient traffic. The descent's gradient is averaged as in a stock run, so that the
+    its own, without gradient traffic. The descent's gradient is averaged as in a stock run, so that the
     processes' weights stay the same bits.
 
     The radius is ``args.sam_rho``; unset, it is that of the `AdaSAM` instance in use, that of the preset for
-    ``optim="sam"`` (``full`` 0.05, ``fast`` 0.1, ``free`` 0.4) and 0 for all else. Logged with the Trainer's own loss,
-    which is that at w:
+    ``optim="sam"`` (``full`` 0.05, ``fast`` 0.1, ``free`` 0.4) and 0 otherwise. Logged with the Trainer's own loss,
+    which is the one at w:
 
     - ``sam_loss``, at w + δ, and ``sam_gap``, their difference: means over the steps that were perturbed;
     - ``sam_grad_norm``: ‖s‖₂ of the last of them (the processes' mean, where each ascends along its own);
-    - ``sam_rho``: the radius of the last step that was to be perturbed;
-    - ``sam_perturbed_steps``: how many of these steps were, if not all;
+    - ``sam_rho``: the radius of the last step planned to be perturbed;
+    - ``sam_perturbed_steps``: how many of the planned steps were perturbed, if not all;
     - ``sam_ascent_share``: the share of the rows that the ascent saw, if not all;
-    - ``sam_applied``: the share of the perturbation that rounding left over, if weights are float16 or bfloat16.
+    - ``sam_applied``: the share of the perturbation that rounding preserved, if weights are float16 or bfloat16.
 
     Raises:
         TypeError: if `args` lacks the sharpness-aware arguments.
-        NotImplementedError: before training, where the two-pass step is not shown to be right.
+        NotImplementedError: before training, where no test shows the two-pass step to be right.
     """
 
     args: SharpnessAwareArgumentsMixin
@@ -154,7 +154,7 @@ class SharpnessAwareTrainerMixin(ModelCardMixin, CompleteCheckpointsMixin, _Base
                 activity.record(run.perturbed_here)
 
     def _end_training(self, arguments: dict[str, Any]) -> None:
-        """Look back at a training that came to its end, or at one whose loop has bypassed us from its start."""
+        """Look back at a finished training, or at one whose loop has bypassed us from the start."""
         if self._run is None and not arguments.get("resume_from_checkpoint"):  # which may have had nothing left to do
             radius = max(base_radii(self.args, self.optimizer), default=0.0)
             if radius and self.state.global_step and self.is_world_process_zero():

@@ -147,7 +147,7 @@ class SharpnessAwareArgumentsMixin(_Base):
         metadata={
             "help": "With several processes in scope batch: average the ascent gradient over them, so that the run "
             "follows one process with the same global batch; --no_sam_sync: each follows its own, without gradient "
-            "traffic in the first pass. In scope microbatch it never travels."
+            "traffic in the first pass. In scope microbatch it is never averaged."
         },
     )
     sam_dropout: Dropout = field(
@@ -156,17 +156,17 @@ class SharpnessAwareArgumentsMixin(_Base):
     sam_preset: Preset = field(
         default="full",
         metadata={
-            "help": "How much the ascent may cost: full, a whole pass; fast, one on an eighth of the rows; free, none, "
-            "along the momentum. Arguments that are set win over it."
+            "help": "What the ascent may cost: full, a whole pass; fast, a pass on an eighth of the rows; free, no "
+            "pass, along the momentum. Arguments that you set yourself take precedence."
         },
     )
     sam_direction: DirectionName | None = field(
         default=None,
         metadata={
-            "help": "Along what the weights are perturbed; momentum, the optimizer's own, needs no second pass "
-            "(Momentum-SAM, arXiv:2401.12033; its radii are many times larger), nor does noise, uniform on the sphere. "
-            "preconditioned: the gradient over the root of the optimizer's second moment; friendly: the gradient minus "
-            "its running mean. Unset: that of sam_preset, gradient."
+            "help": "Direction of the perturbation: gradient; the optimizer's momentum, which needs no second pass "
+            "(Momentum-SAM, arXiv:2401.12033; its radii are many times larger); noise, uniform on the sphere, which "
+            "needs none either; preconditioned, the gradient over the root of the optimizer's second moment; friendly, "
+            "the gradient minus its running mean. Unset: that of sam_preset."
         },
     )
     sam_adaptive: bool = field(
@@ -203,7 +203,7 @@ class SharpnessAwareArgumentsMixin(_Base):
     sam_reuse: bool = field(
         default=False,
         metadata={
-            "help": "With sam_interval > 1: perturb along the last gradient again in the steps between, in one pass."
+            "help": "With sam_interval > 1: in the steps between, perturb along the last gradient again, in one pass."
         },
     )
     sam_descent: Descent = field(
@@ -216,8 +216,8 @@ class SharpnessAwareArgumentsMixin(_Base):
     sam_cache_frozen: bool = field(
         default=True,
         metadata={
-            "help": "Let the second pass take from the first what frozen layers have computed, where that gives the "
-            "same bits. It keeps their outputs in memory between the two."
+            "help": "Reuse in the second pass what frozen layers computed in the first, where that gives the same "
+            "bits. Their outputs stay in memory between the two passes."
         },
     )
     sam_rho_schedule: Shape = field(
@@ -261,7 +261,7 @@ class SharpnessAwareArgumentsMixin(_Base):
         """That of Transformers, which converts `optim` to its own closed enumeration, without a name of this package.
 
         Meanwhile β2 and ε stay those in force, for DeepSpeed's "auto" reads them here: other objects of the same value
-        are no defaults and do not follow the other name.
+        do not count as defaults and do not follow the other name.
         """
         optim, numbers = self.optim, {name: getattr(self, name) for name in ADASAM_DEFAULTS}
         vars(self).update({name: float(repr(number)) for name, number in numbers.items()})
@@ -272,9 +272,9 @@ class SharpnessAwareArgumentsMixin(_Base):
             vars(self).update(numbers, optim=optim)
 
     def check_together(self) -> None:
-        """What each argument may be by itself, but not beside the others.
+        """Refuse values that are allowed by themselves, but not together.
 
-        At construction, and again when a training begins, for attributes are set one after the other.
+        Called at construction, and again when training begins, since attributes are set one after the other.
 
         Raises:
             ValueError: naming the arguments, their values and the remedy.

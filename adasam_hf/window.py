@@ -22,13 +22,13 @@ class StepPlan(NamedTuple):
     direction: Direction | None = None
     """None for a plain step."""
     chosen: list[nn.Parameter] | None = None
-    """The parameters that may move; None for all."""
+    """The parameters that may be perturbed; None for all."""
     obstacle: str | None = None
-    """Why this is a plain step, where it is the turn of one that perturbs the weights."""
+    """Why this is a plain step although it was planned to perturb the weights."""
 
     @property
     def perturbs(self) -> bool:
-        """Whether any weight is to move."""
+        """Whether any weight is to be perturbed."""
         return self.direction is not None and any(self.radii)
 
     @property
@@ -49,18 +49,18 @@ class Pass(NamedTuple):
 
     @property
     def inputs(self) -> Any:
-        """As they were before the pass: a `training_step` may take entries out of what it is given."""
+        """As they were before the pass: a `training_step` may remove entries from its inputs."""
         return copy_containers(self.kept_inputs)
 
     @contextmanager
     def record(self) -> Iterator[None]:
-        """Around the ascent: keep what the descent is to take from it."""
+        """Around the ascent: keep what the descent will reuse."""
         with self.frozen.record(), nullcontext() if self.logits is None else self.logits.record():
             yield
 
     @contextmanager
     def replay(self) -> Iterator[None]:
-        """Around the descent: let it take that."""
+        """Around the descent: let it reuse that."""
         with self.frozen.replay(), nullcontext() if self.logits is None else self.logits.replay():
             yield
 
@@ -68,9 +68,9 @@ class Pass(NamedTuple):
 class Window(list[Any]):
     """The micro-batches of one optimizer step.
 
-    The Trainer iterates over it, and so it knows which micro-batch is at hand, whatever a trainer's own
-    `training_step` does: skip one, take one twice, or hand a copy of it on. Of a trainer whose own `get_batch_samples`
-    has made another list of it, the micro-batches are counted as they come.
+    The Trainer iterates over it, so it knows which micro-batch is current, whatever a `training_step` does: skip one,
+    take one twice, or pass on a copy. If a trainer's `get_batch_samples` has made another list of it, the micro-batches
+    are counted as they come.
 
     Args:
         micro_batches: as they come from the loader.
@@ -82,7 +82,7 @@ class Window(list[Any]):
             that takes no part.
         ascent_items: `num_items_in_batch` of all that.
         ascent_share: the share of the window that this is, by rows (of packed rows, by tokens); None if it is all.
-        begun: whether the first of its micro-batches has been taken.
+        begun: whether its first micro-batch has been taken.
         descended: whether a descent has begun, which took the ascent's gradients; `passes` are those still to come.
         complete: whether the window, or in scope microbatch one micro-batch of it, has been through the descent.
     """
@@ -98,7 +98,7 @@ class Window(list[Any]):
         self.passes: list[Pass] = []
         self.losses: list[Tensor] = []  # of the passes, at w
         self.leftover: dict[nn.Parameter, Tensor] = {}
-        """Gradients from before the window: of the coming update, and not of the ascent."""
+        """Gradients from before the window: they belong to the coming update, not to the ascent."""
         self.descended = self.complete = False
         self.models: list[nn.Module] = []
         """Those that its passes run through, as far as they are known, when the first of them begins."""
@@ -127,11 +127,11 @@ class Window(list[Any]):
 
     @property
     def iterating(self) -> bool:
-        """Whether somebody goes through the window now."""
+        """Whether the window is being iterated over."""
         return self._at is not None
 
     def position_of(self, micro_batch: Any) -> int:
-        """That of the micro-batch at hand: the same one however often it is asked for."""
+        """The position of the current micro-batch, the same however often it is asked for."""
         if self._at is not None:
             return self._at
         if not self._counted or micro_batch is not self._latest:
@@ -153,11 +153,11 @@ class Window(list[Any]):
         self._gradients = [(p, p.grad, version(p.grad)) for p in parameters]
 
     def others_changed_gradients(self) -> bool:
-        """Whether anybody has changed them since."""
+        """Whether they have been changed since."""
         return any(p.grad is not gradient or version(p.grad) != number for p, gradient, number in self._gradients)
 
     def others_cleared_gradients(self) -> bool:
-        """Whether what the ascent had gathered is gone: a trainer that gives a batch up calls `zero_grad`."""
+        """Whether what the ascent had gathered is gone: a trainer that abandons a batch calls `zero_grad`."""
         return not any(p.grad is not None and bool(p.grad.any()) for p, _, _ in self._gradients)
 
 

@@ -47,5 +47,7 @@ def test_both_gradients_reach_the_update(build, scope, k):
 
 
 def test_accumulation_in_scope_batch_is_refused(build):
-    with pytest.raises(RuntimeError, match=r"takes one micro-batch of several twice.*sam_scope='microbatch'"):
+    with pytest.raises(
+        RuntimeError, match=r"takes one micro-batch of an accumulated step twice.*sam_scope='microbatch'"
+    ):
         trained(build, AdaSAMTrainer, gradient_accumulation_steps=2, sam_rho=0.05)

@@ -66,7 +66,10 @@ def test_partial_checkpoints_are_passed_over_by_name(folder, said, fault):
         spoil(folder / f"checkpoint-{step}")
     before = sorted(path for path in folder.rglob("*"))
     assert last_complete(folder) == str(folder / "checkpoint-6")
-    assert [f"checkpoint-{step} is passed over" in text for step, text in zip((10, 8), said, strict=True)] == [True] * 2
+    assert [
+        f"checkpoint-{step} is skipped, as it was not completely saved" in text
+        for step, text in zip((10, 8), said, strict=True)
+    ] == [True] * 2
     assert all(message in text for text in said)
     assert sorted(folder.rglob("*")) == before  # nothing is deleted
     assert get_last_checkpoint(folder).endswith("checkpoint-10")  # the control: Transformers would take it
@@ -103,7 +106,7 @@ def test_nothing_to_go_on_from(tmp_path, said):
     assert last_complete(tmp_path / "nowhere") is last_complete(tmp_path) is None
     (tmp_path / "checkpoint-2").mkdir()
     assert last_complete(tmp_path) is None and "checkpoint-2" in said[0]
-    with pytest.raises(ValueError, match="has no checkpoint that was saved to its end"):
+    with pytest.raises(ValueError, match="has no completely saved checkpoint"):
         build(tmp_path).train(resume_from_checkpoint=True)
 
 

@@ -68,7 +68,10 @@ def test_the_line_has_the_real_share_of_the_rows(build, said):
 def test_a_schedule_without_a_step_is_told(build, said):
     build(Sharp, make_model("bert"), optim="adasam", sam_start=0.7, max_steps=1).train()
     assert (
-        sum("sam_start=0.7 and sam_end=1.0 leave no step to perturb the weights in, of 1" in line for line in said) == 1
+        sum(
+            "sam_start=0.7 and sam_end=1.0 leave no step in which to perturb the weights, of 1" in line for line in said
+        )
+        == 1
     )
 
 

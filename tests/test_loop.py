@@ -215,7 +215,7 @@ def test_counting_by_hand_without_last_is_refused():
     accelerator = accelerator_for()
     model, optimizer, sam = small(accelerator)
     sam.backward(loss_of(model), *batch(0))
-    with pytest.raises(RuntimeError, match=r"no update has taken them.*last=False.*zero_grad"):
+    with pytest.raises(RuntimeError, match=r"no update has used them.*last=False.*zero_grad"):
         sam.backward(loss_of(model), *batch(1))
     # given up, as the message has it
     optimizer.zero_grad()
@@ -264,7 +264,7 @@ def test_an_update_in_the_middle_of_a_step_is_refused():
     before = model.weight.detach().clone()
     for i in range(2):
         sam.backward(loss_of(model), *batch(i), last=False)
-    with pytest.raises(RuntimeError, match=r"before 2 micro-batches have come through their second pass.*last=True"):
+    with pytest.raises(RuntimeError, match=r"before 2 micro-batches have had their second pass.*last=True"):
         optimizer.step()
     assert torch.equal(model.weight, before)
     optimizer.zero_grad()  # given up
@@ -555,7 +555,7 @@ def test_a_momentum_that_the_optimizer_does_not_keep_is_refused():
         sam.backward(loss_of(model), *batch(i))
     torch.testing.assert_close(model.weight.grad, gradient_at_perturbed(model, [0, 1], rho=0.0), rtol=1e-13, atol=0)
     optimizer.step()
-    with pytest.raises(RuntimeError, match="the optimizer keeps no first moment"):
+    with pytest.raises(RuntimeError, match="the optimizer has no first moment"):
         sam.backward(loss_of(model), *batch(2))
 
 
@@ -680,7 +680,7 @@ def test_steps_without_a_gradient_are_counted(monkeypatch):
         sam.backward(lambda x, y, factor: factor * cross_entropy(model(x), y), *batch(0), factor)
         model.zero_grad()
     assert sam.metrics()["sam_perturbed_steps"] == 2
-    assert len(warnings) == 1 and "1 of 3 sharpness-aware steps were plain ones" in warnings[0]
+    assert len(warnings) == 1 and "1 of 3 sharpness-aware steps were plain steps" in warnings[0]
 
 
 # ---- precision ----
@@ -822,7 +822,7 @@ def refused(error, match, accelerator=None, model=None, optimizer=None, **option
     [
         ({"rho": -0.1}, "rho=-0.1 must be a finite number >= 0"),
         ({"rho": "0.05"}, "rho='0.05' must be a finite number >= 0"),
-        ({"rho": None}, "rho=None stands for the radii of an AdaSAM, and the optimizer is SGD; pass rho=0.05"),
+        ({"rho": None}, "rho=None means the radii of an AdaSAM, but the optimizer is SGD; pass rho=0.05"),
         ({"scope": "window"}, "scope='window' must be one of batch, microbatch"),
         ({"dropout": True}, "dropout=True must be one of same, fresh"),
         ({"direction": "up"}, "direction='up' must be one of gradient, momentum"),
@@ -847,7 +847,7 @@ def test_parts_that_do_not_belong_together():
     [
         (DistributedType.DEEPSPEED, 1, {}, "not supported with DeepSpeed.*use DistributedDataParallel"),
         (DistributedType.FSDP, 1, {}, "not supported with FSDP version 1"),
-        (DistributedType.FSDP, 2, {"scope": "microbatch"}, "FSDP2 and an ascent of each process by itself"),
+        (DistributedType.FSDP, 2, {"scope": "microbatch"}, "FSDP2 and a separate ascent on each process"),
         (DistributedType.FSDP, 2, {"parameters": "weight"}, "FSDP2 and parameters='weight'"),
         (DistributedType.MEGATRON_LM, 1, {}, "not supported with 1 processes"),
     ],

@@ -40,11 +40,11 @@ REFUSED = {
     "FSDP version 1": ({"kind": FSDP, "world_size": 2}, "FSDP version 1: use version 2"),
     "FSDP2": (
         {"kind": FSDP, "world_size": 2, "fsdp2": True, "sam_scope": "microbatch"},
-        "FSDP2 and an ascent of each process by itself.*sam_scope='batch'",
+        "FSDP2 and a separate ascent on each process.*sam_scope='batch'",
     ),
     "FSDP2 with `sam_sync=False`": (
         {"kind": FSDP, "world_size": 2, "fsdp2": True, "sam_sync": False},
-        "FSDP2 and an ascent of each process by itself.*sam_sync=True",
+        "FSDP2 and a separate ascent on each process.*sam_sync=True",
     ),
     "FSDP2 with `sam_parameters`": (
         {"kind": FSDP, "world_size": 2, "fsdp2": True, "sam_parameters": "norm"},
@@ -76,7 +76,7 @@ REFUSED = {
     "LOMO": ({"optim": OptimizerNames.LOMO}, "lomo"),
     "GaLore and APOLLO along their momentum": (
         {"optim": OptimizerNames.GALORE_ADAMW, "resolved_direction": "momentum"},
-        "galore_adamw.*momentum.*another shape.*sam_direction='gradient'",
+        "galore_adamw.*momentum.*shape of its moments differs.*sam_direction='gradient'",
     ),
     "layer-wise optimizers": ({"optim": OptimizerNames.GALORE_ADAMW_LAYERWISE}, "layerwise"),
 }

@@ -563,11 +563,11 @@ def test_pairs_of_trl(pairs):
         rows = as_collated(collate, pairs, paired=True)
         assert (rows.rows, rows.total) == (2, 8)
         alone = collate([{k: v for k, v in p.items() if k not in ("margin", "ref_chosen_logps")} for p in pairs])
-        (cut,) = choose_rows([alone], 3 / 16).batches  # the control: three rows are no pairs
+        (cut,) = choose_rows([alone], 3 / 16).batches  # the control: three rows are not pairs
         assert torch.equal(cut["attention_mask"].sum(1), alone["attention_mask"].sum(1)[[0, 5, 10]])
         (cut,) = choose_rows([alone], 3 / 16, paired=True).batches
         assert torch.equal(cut["attention_mask"].sum(1), alone["attention_mask"].sum(1)[[0, 4, 8, 12]])
-        with pytest.raises(NotImplementedError, match="7 rows are no pairs"):
+        with pytest.raises(NotImplementedError, match="7 rows are not pairs"):
             choose_rows([{key: value[:7] for key, value in alone.items()}], 0.25, paired=True)
         with pytest.raises(NotImplementedError, match="'other' has 5 entries for 8 pairs of rows"):
             choose_rows([alone | {"other": torch.zeros(5)}], 0.25, paired=True)

@@ -234,7 +234,7 @@ def test_one_micro_batch_of_several_taken_twice_is_refused_in_scope_batch():
     for x in window:
         step(window, x, stock_step, OneProcess())
         with pytest.raises(
-            RuntimeError, match=r"Mine.training_step takes one micro-batch of several twice.*microbatch"
+            RuntimeError, match=r"Mine.training_step takes one micro-batch of an accumulated step twice.*microbatch"
         ):
             step(window, x, stock_step, OneProcess())
         break
