@@ -4,7 +4,13 @@ import argparse
 import sys
 from typing import NoReturn
 
-EXTRAS = {"matplotlib": "report", "ray": "ray", "pytorch_optimizer": "benchmark", "temperon": "benchmark"}
+EXTRAS = {
+    "matplotlib": "report",
+    "ray": "ray",
+    "pytorch_optimizer": "benchmark",
+    "temperon": "benchmark",
+    "peft": "benchmark",
+}
 """Packages that only some commands need → the extra of adasam_hf that installs them."""
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..console import CommandParser
-from .settings import FLATNESS_MODES, FLATNESS_TASKS, MODES, PEERS, SIZES
+from .settings import FLATNESS_MODES, FLATNESS_TASKS, FREEZES, MODES, PEERS, SIZES
 
 DESCRIPTION = """Measure AdaSAM beside its peers.
 
@@ -19,6 +19,7 @@ STEP_DESCRIPTION = """Measure what a step costs: AdaSAM in each mode and its pee
     adasam benchmark step --model minilm --dtype float32     one table
     adasam benchmark step --scan                             ratio against model and batch size, as a plot
     adasam benchmark step --against REVISION                 AdaSAM beside that of another commit
+    adasam benchmark step --frozen half                      with the lower half of the layers frozen
 
 All contenders share one model and see the same batches of real sentences. They take turns on each batch; a ratio is
 the median over the batches of (time of the contender / time of AdamW on that batch), with its quartiles. Peak memory is
@@ -48,6 +49,7 @@ def step(argv: Sequence[str]) -> int:
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--contenders", nargs="+", choices=[*MODES, *PEERS], help="all by default")
     parser.add_argument("--scan", action="store_true")
+    parser.add_argument("--frozen", choices=FREEZES, help="freeze this part of the model")
     parser.add_argument("--against", metavar="REVISION", help="compare with the package at another commit")
     parser.add_argument("--output_dir", type=Path, default=Path("results/benchmark_step"))
     parser.add_argument("--only_memory", choices=[*MODES, *PEERS], help=argparse.SUPPRESS)
@@ -56,13 +58,15 @@ def step(argv: Sequence[str]) -> int:
         parser.error(f"--rounds={args.rounds} and --batch_size={args.batch_size} must be at least 1")
     from transformers.utils import logging
 
-    from .step import against, compare, measure_memory, scan
+    from .step import against, compare, compare_frozen, measure_memory, scan
 
     logging.set_verbosity_error()
     if args.only_memory:
         measure_memory(args)
     elif args.scan:
         scan(args)
+    elif args.frozen:
+        compare_frozen(args)
     elif args.against:
         against(args)
     else:

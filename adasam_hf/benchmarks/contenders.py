@@ -20,7 +20,7 @@ import adasam_hf
 
 from ..glue.data import resolve_path
 from ..glue.sentences import read_sentences
-from .settings import MINILM, MODES, RHO, SIZES
+from .settings import FROZEN_MODES, MINILM, MODES, RHO, SIZES
 
 Batch: TypeAlias = dict[str, Tensor]
 
@@ -45,6 +45,27 @@ def build_model(name: str) -> PreTrainedModel:
     )
     model = AutoModelForSequenceClassification.from_config(config)
     model.train()
+    return model
+
+
+def freeze(model: PreTrainedModel, what: str) -> nn.Module:
+    """Leave only a part of `model` trainable: a BERT, or one of its family.
+
+    Frozen are the lower ``half`` of the layers, ``all but the top layer``, ``all but the head`` (the encoder), or, with
+    ``lora``, all weights, beside adapters of rank 8 at queries and values of the upper third of the layers.
+    """
+    base: Any = model.base_model
+    layers = base.encoder.layer
+    if what == "lora":
+        from peft import LoraConfig, get_peft_model
+
+        upper = list(range(len(layers) - len(layers) // 3, len(layers)))
+        config = LoraConfig("SEQ_CLS", r=8, target_modules=["query", "value"], layers_to_transform=upper)
+        adapted: nn.Module = get_peft_model(model, config)
+        return adapted.train()
+    count = {"half": len(layers) // 2, "all but the top layer": len(layers) - 1}.get(what)
+    for part in [base] if count is None else [base.embeddings, *layers[:count]]:
+        part.requires_grad_(False)
     return model
 
 
@@ -179,4 +200,5 @@ PEER_STEPS: dict[str, Callable[[nn.Module, str], Contender]] = {
 
 def build(name: str, model: nn.Module, dtype: str) -> Contender:
     """The contender of this name, of `settings.MODES` or `settings.PEERS`."""
-    return through_trainer(model, dtype, MODES[name]) if name in MODES else PEER_STEPS[name](model, dtype)
+    modes = {**MODES, **FROZEN_MODES}
+    return through_trainer(model, dtype, modes[name]) if name in modes else PEER_STEPS[name](model, dtype)

@@ -24,8 +24,15 @@ MODES: dict[str, dict[str, Any]] = {
         "sam_ascent_fraction": 0.25,
     },
     "AdaSAM, along the momentum": {"optim": "adasam", "sam_direction": "momentum"},
+    "AdaSAM, functional": {"optim": "adasam", "sam_descent": "functional"},
 }
 """Name → arguments of the trainer."""
+TWICE = "AdaSAM, frozen layers run twice"
+FROZEN_MODES = {name: MODES[name] for name in ("AdaSAM", "AdaSAM, functional")}
+FROZEN_MODES[TWICE] = {"optim": "adasam", "sam_cache_frozen": False}
+"""Those that are compared where a part of the model is frozen."""
+FREEZES = ("half", "all but the top layer", "all but the head", "lora")
+"""The parts that can be frozen; see `contenders.freeze`."""
 BASE = "AdamW (fused)"
 RHO = 0.05
 PEERS = ("pytorch-optimizer's SAM", "Temperon", "for-loop SAM")

@@ -16,8 +16,8 @@ from typing import Any
 
 from ..glue.configs import PACKAGE
 from ..glue.record import provenance, write_json
-from .contenders import build, build_batches, build_model, through_trainer
-from .settings import BASE, MODES, PEERS, SIZES
+from .contenders import build, build_batches, build_model, freeze, through_trainer
+from .settings import BASE, FROZEN_MODES, MODES, PEERS, SIZES
 from .timing import MOVE, phases, ratios, take_turns
 
 
@@ -101,6 +101,30 @@ def compare(args: argparse.Namespace) -> None:
     }
     write_json(args.output_dir / f"{args.model}-{args.dtype}.json", record)
     print(f"\n{args.model}, {args.dtype}, batches of {args.batch_size}; ratios to {BASE}\n\n{table(record)}\n")
+
+
+def compare_frozen(args: argparse.Namespace) -> None:
+    """AdaSAM where a part of the model is frozen, as ratios to AdamW there."""
+    plain = build_model(args.model)
+    batches = build_batches(args.rounds + 2, args.batch_size, plain.config.vocab_size)
+    model = freeze(plain, args.frozen)
+    times = take_turns({name: build(name, model, args.dtype) for name in (BASE, *FROZEN_MODES)}, batches)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    record = {
+        **provenance(),
+        "model": args.model,
+        "frozen": args.frozen,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "trainable": trainable,
+        "dtype": args.dtype,
+        "batch_size": args.batch_size,
+        "seconds": times,
+        "ratios": ratios(times),
+    }
+    write_json(args.output_dir / f"frozen-{args.model}-{args.dtype}-{args.frozen.replace(' ', '_')}.json", record)
+    print(f"\n{args.model}, {args.dtype}, frozen: {args.frozen}; ratios to {BASE}\n")
+    for name, row in record["ratios"].items():
+        print(f"| {name} | {row['ratio']:.2f} | {row['low']:.2f}–{row['high']:.2f} |")
 
 
 def scan(args: argparse.Namespace) -> None:
