@@ -7,9 +7,9 @@ from typing import NoReturn
 EXTRAS = {
     "matplotlib": "report",
     "ray": "ray",
-    "peft": "benchmark",
     "pytorch_optimizer": "benchmark",
     "temperon": "benchmark",
+    "peft": "benchmark",
 }
 """Packages that only some commands need → the extra of adasam_hf that installs them."""
 

@@ -95,8 +95,8 @@ def obstacle(setup: Setup) -> Obstacle | None:
         )
     if setup.direction in ("momentum", "preconditioned") and setup.optimizer.startswith(("galore", "apollo")):
         return Obstacle(
-            f"optim={setup.optimizer!r} and {sam}direction={setup.direction!r}, as the shape of its moments differs from "
-            "that of the weights",
+            f"optim={setup.optimizer!r} and {sam}direction={setup.direction!r}, as the shape of its moments differs "
+            "from that of the weights",
             "use sam_direction='gradient' (sam_preset='full' or 'fast')",
         )
     if kind is DistributedType.DEEPSPEED:

@@ -81,7 +81,9 @@ def _default(field: Field) -> str:
         return "follows `optim`"
     if field.default is None or field.default is MISSING:
         return "unset"
-    return {True: "on", False: "off"}.get(field.default) if isinstance(field.default, bool) else f"`{field.default}`"
+    if isinstance(field.default, bool):
+        return "on" if field.default else "off"
+    return f"`{field.default}`"
 
 
 def _linked(text: str) -> str:

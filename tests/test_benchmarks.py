@@ -11,7 +11,7 @@ from conftest import make_model, make_rows
 
 from adasam_hf.benchmarks import contenders, flatness, step, timing
 from adasam_hf.benchmarks.contenders import PEER_STEPS, Contender, for_loop_sam, through_trainer
-from adasam_hf.benchmarks.settings import BASE, PEERS, RHO
+from adasam_hf.benchmarks.settings import BASE, FREEZES, PEERS, RHO
 from adasam_hf.cli import run_command
 
 ROOT = Path(__file__).parent.parent
@@ -135,3 +135,15 @@ def test_one_table_by_command(tmp_path, capsys, monkeypatch):
     assert set(record["ratios"]) == {BASE, "AdaSAM"} and record["peak_memory_mib"]["AdaSAM"] > 100
     assert "| AdaSAM | " in capsys.readouterr().out
     assert record["parameters"] > 1_000_000
+
+
+@pytest.mark.parametrize("what", FREEZES)
+def test_what_is_frozen(what):
+    """of a BERT of four layers; beside what is named, the rest stays trainable."""
+    model = contenders.freeze(make_model("bert", dtype=torch.float32, num_hidden_layers=4), what)
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    layers = {int(name.split(".layer.")[1].split(".")[0]) for name in trainable if ".layer." in name}
+    assert layers == {"half": {2, 3}, "all but the top layer": {3}, "all but the head": set(), "lora": {3}}[what]
+    assert any("classifier" in name for name in trainable) and not any("embeddings" in name for name in trainable)
+    if what == "lora":
+        assert all("lora_" in name for name in trainable if ".layer." in name)

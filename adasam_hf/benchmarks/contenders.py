@@ -20,7 +20,7 @@ import adasam_hf
 
 from ..glue.data import resolve_path
 from ..glue.sentences import read_sentences
-from .settings import MINILM, MODES, RHO, SIZES
+from .settings import FROZEN_MODES, MINILM, MODES, RHO, SIZES
 
 Batch: TypeAlias = dict[str, Tensor]
 
@@ -200,4 +200,5 @@ PEER_STEPS: dict[str, Callable[[nn.Module, str], Contender]] = {
 
 def build(name: str, model: nn.Module, dtype: str) -> Contender:
     """The contender of this name, of `settings.MODES` or `settings.PEERS`."""
-    return through_trainer(model, dtype, MODES[name]) if name in MODES else PEER_STEPS[name](model, dtype)
+    modes = {**MODES, **FROZEN_MODES}
+    return through_trainer(model, dtype, modes[name]) if name in modes else PEER_STEPS[name](model, dtype)

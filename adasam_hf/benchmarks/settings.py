@@ -27,13 +27,12 @@ MODES: dict[str, dict[str, Any]] = {
     "AdaSAM, functional": {"optim": "adasam", "sam_descent": "functional"},
 }
 """Name → arguments of the trainer."""
-FREEZES = ("half", "all but the top layer", "all but the head", "lora")
-FROZEN_MODES: dict[str, dict[str, Any]] = {
-    "AdaSAM": MODES["AdaSAM"],
-    "AdaSAM, functional": MODES["AdaSAM, functional"],
-    "AdaSAM, frozen layers run twice": {"optim": "adasam", "sam_cache_frozen": False},
-}
+TWICE = "AdaSAM, frozen layers run twice"
+FROZEN_MODES = {name: MODES[name] for name in ("AdaSAM", "AdaSAM, functional")}
+FROZEN_MODES[TWICE] = {"optim": "adasam", "sam_cache_frozen": False}
 """Those that are compared where a part of the model is frozen."""
+FREEZES = ("half", "all but the top layer", "all but the head", "lora")
+"""The parts that can be frozen; see `contenders.freeze`."""
 BASE = "AdamW (fused)"
 RHO = 0.05
 PEERS = ("pytorch-optimizer's SAM", "Temperon", "for-loop SAM")
@@ -52,8 +51,4 @@ FLATNESS_MODES = {
     "free": ["--optim=adasam", "--sam_preset=free"],
     "norm": ["--optim=adasam", "--sam_parameters=norm"],
     "tail": ["--optim=adasam", "--sam_start=0.7"],
-    "functional": ["--optim=adasam", "--sam_descent=functional"],
-    "preconditioned": ["--optim=adasam", "--sam_direction=preconditioned"],
-    "friendly": ["--optim=adasam", "--sam_direction=friendly"],
-    "noise": ["--optim=adasam", "--sam_direction=noise"],
 }
