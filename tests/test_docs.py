@@ -159,7 +159,7 @@ def test_every_command_is_on_its_page(hooks):
 # ---- troubleshooting ----
 
 # Whose warnings and refusals are on the page, all of them. (Errors of a wrong value say all there is to say.)
-COMPLETE = ["checkpoints", "functional", "launcher_flags", "monitor", "patching", "plan", "refusals", "run", "step"]
+COMPLETE = ["checkpoints", "launcher_flags", "monitor", "patching", "plan", "refusals", "run", "step"]
 MESSAGES = ("warning", "_warn_once", "Obstacle", "NotImplementedError", "RuntimeError")
 
 

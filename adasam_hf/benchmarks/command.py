@@ -49,7 +49,6 @@ def step(argv: Sequence[str]) -> int:
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--contenders", nargs="+", choices=[*MODES, *PEERS], help="all by default")
     parser.add_argument("--scan", action="store_true")
-    parser.add_argument("--frozen", choices=FREEZES, help="freeze this part of the model")
     parser.add_argument("--against", metavar="REVISION", help="compare with the package at another commit")
     parser.add_argument("--frozen", choices=FREEZES, help="freeze this part of the model")
     parser.add_argument("--output_dir", type=Path, default=Path("results/benchmark_step"))
@@ -66,8 +65,6 @@ def step(argv: Sequence[str]) -> int:
         measure_memory(args)
     elif args.scan:
         scan(args)
-    elif args.frozen:
-        compare_frozen(args)
     elif args.against:
         against(args)
     elif args.frozen:
