@@ -53,7 +53,7 @@ def main(usage: str | None, words: Sequence[str] | None = None, program: str = P
     else:
         script = launched[0]
         if not os.path.isfile(script):
-            fail(f"SCRIPT={script!r} is no file; give the path of a Python file")
+            fail(f"SCRIPT={script!r} does not exist; give the path of a Python file")
         sys.argv = launched
         if not sys.flags.safe_path:
             sys.path[0] = os.path.dirname(os.path.realpath(script))  # as for `python SCRIPT`

@@ -346,7 +346,7 @@ def here(tmp_path, monkeypatch):
         (["--optim", "--sam_rho=1", "script.py"], "--optim needs a value; try --optim=adasam"),
         (["--optim", "adasam"], "there is no script after adasam"),
         (["--sam_adaptive", "-m"], "there is no module after -m"),
-        (["--optim", "adasam", "nothing.py"], "SCRIPT='nothing.py' is no file; give the path"),
+        (["--optim", "adasam", "nothing.py"], "SCRIPT='nothing.py' does not exist; give the path"),
         (["-m", "nothing.at.all"], "finding the module 'nothing.at.all' failed"),
         (["-m", "nothing_at_all"], "there is no module 'nothing_at_all' to run; see whether"),
     ],
