@@ -163,7 +163,7 @@ class Perturbation:
         copy_all(moving, saved)
         self._saved = None
         torch.clear_autocast_cache()
-        self._forget_spent_gradients()
+        self.forget_spent_gradients()
         largest = max((p for p in self.moved if p.grad is not None), key=Tensor.numel, default=None)
         if largest is not None and self._step_hook is not None:  # without, nobody says when they have been used
             self._spent = GradientRecord([largest])
@@ -195,7 +195,7 @@ class Perturbation:
     def release(self) -> None:
         """Restore and free what is kept between steps."""
         self.restore()
-        self._forget_spent_gradients()
+        self.forget_spent_gradients()
         if self._step_hook is not None:
             self._step_hook.remove()
             self._step_hook = None
@@ -265,7 +265,7 @@ class Perturbation:
             def on_step(*_: Any) -> None:
                 perturbation = this()
                 if perturbation is not None:
-                    perturbation._forget_spent_gradients()
+                    perturbation.forget_spent_gradients()
 
             self._step_hook = optimizer.register_step_post_hook(on_step)
 
@@ -276,12 +276,7 @@ class Perturbation:
                 "came between two ascents; to accumulate over micro-batches, take all first passes, then all second "
                 "passes inside one `perturbed()`"
             )
-        self._forget_spent_gradients()
-
-    def _forget_spent_gradients(self) -> None:
-        if self._spent is not None:
-            self._spent.close()
-            self._spent = None
+        self.forget_spent_gradients()
 
 
 def _relative_to_weights(params: list[Tensor], vectors: list[Tensor]) -> tuple[list[Tensor], Tensor]:

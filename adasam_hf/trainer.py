@@ -229,8 +229,9 @@ class SharpnessAwareTrainerMixin(ModelCardMixin, CompleteCheckpointsMixin, _Base
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """As in Transformers, for both passes."""
+        plain = super().floating_point_ops(inputs)
         first_pass = 0.0 if self._run is None else self._run.first_pass_cost
-        return int(super().floating_point_ops(inputs) * (1 + first_pass))
+        return plain + int(plain * first_pass)
 
     # ---- checkpoints ----
 
