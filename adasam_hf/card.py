@@ -12,10 +12,11 @@ from transformers import Trainer
 from ._version import __version__
 from .directions import innermost
 from .optim import AdaSAM
+from .optimizer_names import SGD_NAMES
 from .plan import base_radii
 from .schedule import Schedule
 from .synchronization import ascends_per_process
-from .training_args import SGD_NAMES, SharpnessAwareArgumentsMixin
+from .training_args import SharpnessAwareArgumentsMixin
 
 if TYPE_CHECKING:
     _Base = Trainer

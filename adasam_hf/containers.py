@@ -36,5 +36,5 @@ def _begins_with_module(value: Any) -> bool:
     return _begins_with_module(next(iter(_items(value))))
 
 
-def _items(value: Mapping | list | tuple) -> Iterable[Any]:
+def _items(value: Mapping[Any, Any] | list[Any] | tuple[Any, ...]) -> Iterable[Any]:
     return value.values() if isinstance(value, Mapping) else value

@@ -216,7 +216,7 @@ def _mask_of(batch: Mapping[Any, Any], key: Any) -> str | None:
     """
     value = batch[key]
     for name in PADDED if isinstance(key, str) and isinstance(value, Tensor) else ():
-        prefix = key.removesuffix(name)
+        prefix: str = key.removesuffix(name)
         mask = batch.get(prefix + "attention_mask")
         tokens = batch.get(prefix + "input_ids", batch.get(prefix + "inputs_embeds"))
         if prefix == key or prefix == "decoder_" or not isinstance(mask, Tensor) or not isinstance(tokens, Tensor):

@@ -84,7 +84,8 @@ class AdamDefaultsMixin(_Base):
         numbers = {name: getattr(self, name) for name in ADASAM_DEFAULTS}
         defaults = {name: number for name, number in numbers.items() if is_default(number)}
         # (YAML refuses subclasses of str.)
-        return {**super().to_dict(), "optim": str(self.optim), "adam_defaults": defaults}
+        values: dict[str, Any] = super().to_dict()  # type: ignore[no-untyped-call]  # Transformers' types lack it
+        return {**values, "optim": str(self.optim), "adam_defaults": defaults}
 
     def _read_adam_defaults(self) -> None:
         """Let the numbers that a dictionary of `to_dict` says are defaults follow the optimizer again."""

@@ -7,7 +7,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .directions import DIRECTIONS, innermost
-from .perturbation import shard
+from .kernels import shard
 from .synchronization import ascends_per_process
 from .training_args import SharpnessAwareArgumentsMixin
 from .window import Window

@@ -120,7 +120,7 @@ class Preconditioned(Direction):
         if p.grad is None:
             return None
         state = self.optimizer.state.get(p, {})
-        second = next((state[key] for key in self.KEYS if state.get(key) is not None), None)
+        second: Tensor | None = next((state[key] for key in self.KEYS if state.get(key) is not None), None)
         if second is None:
             if state or (self._updates.number and not self._any_second_moment()):
                 self._refuse()

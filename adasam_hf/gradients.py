@@ -70,8 +70,8 @@ class _Identity:
         return self._tensor is not None and self._tensor() is gradient
 
     def is_that_of(self, gradient: Tensor | None) -> bool:
-        if gradient is None or self._tensor is None:
-            return gradient is self._tensor
+        if gradient is None:
+            return self._tensor is None
         return self.same_tensor(gradient) and _version(gradient) == self._version
 
 

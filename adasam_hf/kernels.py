@@ -17,7 +17,9 @@ from torch.optim.sgd import sgd
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
 if torch.distributed.is_available():
-    from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor as DTensor  # with its fallback, for other modules, too
+    from torch.distributed.tensor import Partial, Placement, Replicate, distribute_tensor
 else:
     DTensor = ()  # type: ignore[assignment, misc]  # of which nothing is an instance
 
@@ -241,7 +243,7 @@ def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
     wide = torch.float64 in set(map(DTYPE, gradients))
     if set(map(type, gradients)) <= PLAIN:
         return _norm(gradients, wide)
-    placed: dict[tuple | None, list[Tensor]] = {}
+    placed: dict[tuple[DeviceMesh, tuple[Placement, ...]] | None, list[Tensor]] = {}
     for g in gradients:
         placed.setdefault((g.device_mesh, g.placements) if isinstance(g, DTensor) else None, []).append(shard(g))
     norms = []
@@ -263,7 +265,8 @@ def _norm(tensors: Sequence[Tensor], wide: bool) -> Tensor:
 def _norm_of_norms(parts: Sequence[Tensor]) -> Tensor:
     if len(set(map(DEVICE, parts))) > 1:
         parts = [part.to(parts[0].device) for part in parts]
-    return torch.linalg.vector_norm(torch.stack(tuple(parts)))
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(tuple(parts)))
+    return norm
 
 
 def add_along(together: Sequence[Row], apart: Sequence[Row], length: float, norm: Tensor) -> None:

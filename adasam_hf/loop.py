@@ -148,7 +148,8 @@ class SharpnessAwareLoop:
             )
 
     def _is_functional(self, descent: Descent) -> bool:
-        functional = read_choice("descent", descent, get_args(Descent)) == "functional"
+        choice: Descent = read_choice("descent", descent, get_args(Descent))
+        functional = choice == "functional"
         if functional and not DIRECTIONS[self._settings.resolved_direction].first_pass:
             raise ValueError(
                 f"direction={self._settings.resolved_direction!r} contradicts descent='functional', which takes the "

@@ -11,12 +11,14 @@ from torch import nn
 
 from .perturbation import Perturbation
 
+Batch = Mapping[str, torch.Tensor]
+
 
 @overload
-def sam_gap(model: nn.Module, batches: Iterable[Mapping], rho: float) -> float: ...
+def sam_gap(model: nn.Module, batches: Iterable[Batch], rho: float) -> float: ...
 @overload
-def sam_gap(model: nn.Module, batches: Iterable[Mapping], rho: Iterable[float]) -> list[float]: ...
-def sam_gap(model: nn.Module, batches: Iterable[Mapping], rho: float | Iterable[float]) -> float | list[float]:
+def sam_gap(model: nn.Module, batches: Iterable[Batch], rho: Iterable[float]) -> list[float]: ...
+def sam_gap(model: nn.Module, batches: Iterable[Batch], rho: float | Iterable[float]) -> float | list[float]:
     r"""Mean over batches of L_B(w + ρ s/‖s‖₂) - L_B(w), s = ∇L_B(w): how much the worst nearby weights lose.
 
     The trainer logs the same quantity for its training batches, with dropout. Here the model is in eval mode, so
@@ -59,7 +61,7 @@ def sam_gap(model: nn.Module, batches: Iterable[Mapping], rho: float | Iterable[
 
 
 def average_sharpness(
-    model: nn.Module, batches: Sequence[Mapping], rho: float, samples: int = 10, seed: int = 0
+    model: nn.Module, batches: Sequence[Batch], rho: float, samples: int = 10, seed: int = 0
 ) -> float:
     r"""Mean over batches and random directions u, ‖u‖₂ = 1, of (L_B(w + ρu) + L_B(w - ρu))/2 - L_B(w).
 
@@ -105,7 +107,7 @@ def average_sharpness(
 
 
 def top_eigenvalues(
-    model: nn.Module, batches: Sequence[Mapping], count: int = 1, tolerance: float = 0.01, seed: int = 0
+    model: nn.Module, batches: Sequence[Batch], count: int = 1, tolerance: float = 0.01, seed: int = 0
 ) -> list[float]:
     r"""The `count` largest eigenvalues of the Hessian ∇²L(w) of the mean loss over `batches`, largest first.
 
@@ -215,7 +217,7 @@ def filter_normalized(model: nn.Module, seed: int = 0) -> list[torch.Tensor]:
 
 def loss_along(
     model: nn.Module,
-    batches: Sequence[Mapping],
+    batches: Sequence[Batch],
     directions: Sequence[Sequence[torch.Tensor]],
     coefficients: Iterable[Sequence[float]],
 ) -> list[float]:

@@ -18,7 +18,9 @@ def loss_scale(accelerator: Accelerator) -> float | Tensor:
     """By which gradients are larger than those of the loss: a gradient scaler's factor, without waiting for it."""
     if accelerator.scaler is None:
         return 1.0
-    return accelerator.scaler.scale(torch.ones((), device=accelerator.device))  # `get_scale` would wait for the device
+    # `get_scale` would wait for the device.
+    factor: Tensor = accelerator.scaler.scale(torch.ones((), device=accelerator.device))
+    return factor
 
 
 @dataclass

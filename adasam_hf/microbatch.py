@@ -71,7 +71,7 @@ class MicroBatch:
         return {name: tensor._version for name, tensor in self.items() if not tensor.is_inference()}
 
 
-def outer_variables(function: Callable) -> dict[str, Any]:
+def outer_variables(function: Callable[..., object]) -> dict[str, Any]:
     """What `function` reads by name from around it, as of now: enclosing functions' variables, and globals."""
     while isinstance(function, partial):
         function = function.func

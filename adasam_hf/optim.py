@@ -253,7 +253,7 @@ class AdaSAM(Optimizer):
             stacklevel=5,  # past step() and torch's two wrappers of it
         )
 
-    def _update(self, group: dict) -> None:
+    def _update(self, group: dict[str, Any]) -> None:
         params = [p for p in group["params"] if p.grad is not None]
         if not params:
             return

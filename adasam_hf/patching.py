@@ -4,9 +4,9 @@ import copyreg
 import gc
 import sys
 from abc import ABCMeta
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import ModuleType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import transformers
 from transformers.utils import logging
@@ -27,7 +27,10 @@ MODULES = (
 )
 
 
-ProtocolMeta: Any = type(Protocol)  # an ABCMeta
+if TYPE_CHECKING:
+    ProtocolMeta = ABCMeta  # which type checkers know
+else:
+    ProtocolMeta = type(Protocol)  # an ABCMeta
 
 
 class StandIn(ProtocolMeta):
@@ -155,7 +158,7 @@ def _replace(others: Mapping[type, type]) -> None:
 _STOCK_ARGUMENTS: dict[str, Any] = {cls.__name__: STOCK[cls] for cls in (TrainingArguments, Seq2SeqTrainingArguments)}
 
 
-def _reduce(args: Any) -> tuple:
+def _reduce(args: Any) -> tuple[Callable[[str], Any], tuple[str], dict[str, Any]]:
     return _new_stock_arguments, (type(args).__name__,), args.__dict__
 
 

@@ -40,9 +40,10 @@ def read_truth_value(name: str, value: object) -> bool:
     from transformers.hf_argparser import string_to_bool  # for the arguments of a Trainer; the optimizer does without
 
     try:
-        return string_to_bool(str(value))
+        truth: bool = string_to_bool(str(value))
     except ArgumentTypeError:
         raise ValueError(f"{name}={value!r} must be true or false") from None
+    return truth
 
 
 def read_choice(name: str, value: object, choices: Collection[str]) -> Any:

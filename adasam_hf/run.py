@@ -249,7 +249,7 @@ class SharpnessAwareRun:
     def _tell_of_reuse(self, trainer: SharpnessAwareTrainer, window: Window) -> None:
         self._told_of_reuse = True
         if trainer.is_world_process_zero():
-            logger.warning_advice(describe_reuse(trainer.model, window))  # type: ignore[attr-defined]
+            logger.warning_advice(describe_reuse(trainer.model, window))
 
     def _introduce(self, trainer: SharpnessAwareTrainer, window: Window) -> None:
         args, radii, total = self.args, self.planner.radii, trainer.state.max_steps
@@ -273,4 +273,4 @@ class SharpnessAwareRun:
         if any(radii) and trainer.is_world_process_zero():
             chosen = self.planner.chosen()
             what = (args, trainer.accelerator, trainer.model, trainer.optimizer, radii, chosen, window.ascent_share)
-            logger.warning_advice(describe(*what))  # type: ignore[attr-defined]
+            logger.warning_advice(describe(*what))

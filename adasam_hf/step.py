@@ -80,7 +80,7 @@ class TwoPassStep:
         settings: StepSettings,
         *,
         metrics: StepMetrics,
-        around_descent: Callable[[], AbstractContextManager] = nullcontext,
+        around_descent: Callable[[], AbstractContextManager[object]] = nullcontext,
         beside: Callable[[], Iterable[Any]] = tuple,
         loss_scale: Callable[[], float | Tensor] = lambda: 1.0,
         owner: str = "the loop",

@@ -28,7 +28,7 @@ class Synchronization:
         self._accelerator, self._model = accelerator, model
         self._per_process, self._restricted = per_process, restricted
 
-    def of_ascent(self) -> AbstractContextManager:
+    def of_ascent(self) -> AbstractContextManager[None]:
         """Around a backward pass of the ascent: as the Trainer has it, or without traffic."""
         # Whatever Accelerate's `sync_each_batch` says, which is about accumulation: this gradient is this process's.
         alone = self._per_process or self._restricted
@@ -39,12 +39,11 @@ class Synchronization:
         if self._restricted and not self._per_process:
             average_gradients(parameters)
 
-    def of_descent(self, last: bool) -> AbstractContextManager:
+    def of_descent(self, last: bool) -> AbstractContextManager[None]:
         """Around a backward pass of the descent: the last one sends the gradient of them all, as in stock."""
         # With `sync_each_batch` (less memory with FSDP2, more traffic) every one does, as in stock.
-        if last or self._accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False):
-            return nullcontext()
-        return self._accelerator.no_sync(self._model)
+        sends = last or self._accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
+        return nullcontext() if sends else self._accelerator.no_sync(self._model)
 
 
 def average_gradients(parameters: Collection[nn.Parameter]) -> None:

@@ -117,7 +117,7 @@ class SharpnessAwareTrainerMixin(ModelCardMixin, CompleteCheckpointsMixin, _Base
 
     # ---- the optimizer ----
 
-    get_optimizer_cls_and_kwargs = _OptimizerChoice()  # type: ignore[assignment]
+    get_optimizer_cls_and_kwargs = _OptimizerChoice()
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """As in Transformers; refuses what is not supported before anything is wrapped or trained."""
@@ -172,7 +172,7 @@ class SharpnessAwareTrainerMixin(ModelCardMixin, CompleteCheckpointsMixin, _Base
             self._run = SharpnessAwareRun(self)
         return self._run
 
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Tensor | int | None]:
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Tensor | int | None]:
         """As in Transformers; plans the coming optimizer step, whose micro-batches these are."""
         run = self._running()
         samples, items = super().get_batch_samples(*args, **kwargs)
@@ -200,11 +200,11 @@ class SharpnessAwareTrainerMixin(ModelCardMixin, CompleteCheckpointsMixin, _Base
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         self._finish_step()
-        return super()._clip_grad_norm(model)
+        return super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]  # Transformers' types lack it
 
     def _get_grad_norm(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         self._finish_step()
-        return super()._get_grad_norm(model, *args, **kwargs)
+        return super()._get_grad_norm(model, *args, **kwargs)  # type: ignore[no-untyped-call]  # Transformers' types lack it
 
     def _finish_step(self) -> None:
         if self._run is not None:

@@ -235,7 +235,7 @@ class SharpnessAwareArgumentsMixin(_Base):
         super().__init_subclass__(**kwargs)
         for name in cls._launcher_defaults.keys() & vars(cls).get("__annotations__", {}).keys() & vars(cls).keys():
             if isinstance(own := vars(cls)[name], Field):
-                own.default, own.default_factory = cls._launcher_defaults[name], MISSING  # type: ignore[misc]
+                own.default, own.default_factory = cls._launcher_defaults[name], MISSING
             else:
                 setattr(cls, name, cls._launcher_defaults[name])
 
@@ -255,7 +255,7 @@ class SharpnessAwareArgumentsMixin(_Base):
         if self.optim in ADASAM_NAMES + SGD_NAMES:
             self._post_init_behind()
         else:
-            super().__post_init__()
+            super().__post_init__()  # type: ignore[no-untyped-call]  # Transformers' types lack it
 
     def _post_init_behind(self) -> None:
         """That of Transformers, which converts `optim` to its own closed enumeration, without a name of this package.
@@ -267,7 +267,7 @@ class SharpnessAwareArgumentsMixin(_Base):
         vars(self).update({name: float(repr(number)) for name, number in numbers.items()})
         self.optim = TrainingArguments.optim
         try:
-            super().__post_init__()
+            super().__post_init__()  # type: ignore[no-untyped-call]  # Transformers' types lack it
         finally:
             vars(self).update(numbers, optim=optim)
 

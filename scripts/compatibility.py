@@ -10,6 +10,7 @@ import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TypedDict
 
 import accelerate
 import torch
@@ -38,7 +39,19 @@ ORDER = [
 ]
 
 
-def run_tests() -> list[dict]:
+class Outcome(TypedDict):
+    """What one test shows, as tests/conftest.py writes it."""
+
+    group: str
+    what: str
+    scope: str | None
+    refused: bool
+    outcome: str
+    reason: str
+    test: str
+
+
+def run_tests() -> list[Outcome]:
     """What the marked tests show on this machine."""
     with TemporaryDirectory() as folder:
         path = Path(folder) / "compat.json"
@@ -46,10 +59,15 @@ def run_tests() -> list[dict]:
         done = subprocess.run([sys.executable, "-m", "pytest", *words], cwd=ROOT)
         if done.returncode:
             sys.exit("some of the tests failed; the table is left as it is")
-        return json.loads(path.read_text())
+        return read(path)
 
 
-def cell(shown: list[dict]) -> str:
+def read(path: Path) -> list[Outcome]:
+    outcomes: list[Outcome] = json.loads(path.read_text())
+    return outcomes
+
+
+def cell(shown: list[Outcome]) -> str:
     """One cell from all tests that speak of it."""
     if not shown:
         return "not tried"
@@ -60,9 +78,9 @@ def cell(shown: list[dict]) -> str:
     return REFUSED if all(test["refused"] for test in shown) else "works"
 
 
-def render(tests: list[dict]) -> str:
+def render(tests: list[Outcome]) -> str:
     """The tables, one to unfold for each group. A row without scopes says the same for both."""
-    rows: defaultdict[str, defaultdict[str, list[dict]]] = defaultdict(lambda: defaultdict(list))
+    rows: defaultdict[str, defaultdict[str, list[Outcome]]] = defaultdict(lambda: defaultdict(list))
     for test in tests:
         rows[test["group"]][test["what"]].append(test)
     if unknown := set(rows) - set(ORDER):
@@ -93,5 +111,5 @@ def write(page: Path, table: str) -> None:
 
 
 if __name__ == "__main__":
-    results = json.loads(Path(sys.argv[1]).read_text()) if len(sys.argv) > 1 else run_tests()
+    results = read(Path(sys.argv[1])) if len(sys.argv) > 1 else run_tests()
     write(ROOT / "docs" / "compatibility.md", render(results))

@@ -18,7 +18,7 @@ import os
 import re
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
@@ -53,7 +53,7 @@ def _mathml(block: re.Match[str]) -> str:
 # ---- arguments ----
 
 
-def package_fields() -> list[Field]:
+def package_fields() -> list[Field[Any]]:
     """The training arguments that this package adds or redefines, in the order of the class."""
     from adasam_hf import AdaSAMTrainingArguments
     from adasam_hf.defaults import AdamDefaultsMixin
@@ -76,7 +76,7 @@ def argument_table() -> str:
     return "\n".join(rows)
 
 
-def _default(field: Field) -> str:
+def _default(field: Field[Any]) -> str:
     if field.name in ("adam_beta2", "adam_epsilon"):
         return "follows `optim`"
     if field.default is None or field.default is MISSING:
@@ -128,11 +128,11 @@ def _listing(text: str) -> str:
 
 def notebook(markdown: str) -> str:
     """A page as a Jupyter notebook: its Python blocks are the code cells."""
-    cells: list[dict] = []
+    cells: list[dict[str, object]] = []
     for index, part in enumerate(re.split(r"^```python\n(.*?)^```$", markdown, flags=re.MULTILINE | re.DOTALL)):
         if text := part.strip():
             source = text.splitlines(keepends=True)
-            cell: dict = {"cell_type": "markdown", "id": f"cell-{index}", "metadata": {}, "source": source}
+            cell: dict[str, object] = {"cell_type": "markdown", "id": f"cell-{index}", "metadata": {}, "source": source}
             if index % 2:
                 cell |= {"cell_type": "code", "execution_count": None, "outputs": []}
             cells.append(cell)
