@@ -264,8 +264,8 @@ def check_moment(moment: Tensor, p: Tensor, optimizer: Optimizer, which: str) ->
     owner = type(innermost(optimizer))
     raise RuntimeError(
         f"{owner.__module__}.{owner.__qualname__} keeps its {which} moment {problem}, so it is of no use for the "
-        "direction of the ascent; use sam_direction='gradient' (or sam_preset='full'), or an optimizer with a full "
-        f"{which} moment such as adamw_torch"
+        "direction of the perturbation; use sam_direction='gradient' (or sam_preset='full'), or an optimizer with a "
+        f"full {which} moment such as adamw_torch"
     )
 
 

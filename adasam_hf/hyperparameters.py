@@ -13,7 +13,7 @@ from .reading import read_number
 
 def check_radius(rho: Any, name: str = "rho") -> float:
     """Return `rho` as a float if it is a finite number >= 0; raise ValueError otherwise."""
-    return _number(name, rho, ">= 0 (0 switches the ascent off; try 0.05)")
+    return _number(name, rho, ">= 0 (0 switches the perturbation off; try 0.05)")
 
 
 def check_group(group: Mapping[str, Any]) -> dict[str, Any]:

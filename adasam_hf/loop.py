@@ -58,10 +58,11 @@ class SharpnessAwareLoop:
         optimizer: a torch optimizer, or what `prepare` returned for it. Its groups are read at every step.
         rho: radius ρ >= 0 in weight units, for all groups; 0 for the plain loop. It is written into the groups of an
             `AdaSAM`. None: the radius of each of the `AdaSAM`'s groups.
-        scope: whose gradient the ascent follows: that of the whole optimizer step (``batch``), or each micro-batch's
-            own (``microbatch``).
-        sync: with several processes in scope ``batch``: whether the ascent gradient is averaged over them, so that they
-            follow one process with the same global batch; otherwise each follows its own.
+        scope: whose gradient the perturbation follows: that of the whole optimizer step (``batch``), or each
+            micro-batch's own (``microbatch``).
+        sync: with several processes in scope ``batch``: whether the ascent gradient is averaged over them, so that a
+            run on two processes matches a single-process run with the same global batch; otherwise each follows its
+            own.
         dropout: masks of the second pass: the ``same`` as in the first, or ``fresh``.
         direction: ``gradient``, or the optimizer's ``momentum``, which needs no first pass.
         descent: what the second pass takes the gradient of: the ``loss``, or (``functional``) the logits, weighted by

@@ -51,7 +51,7 @@ def sam_gap(model: nn.Module, batches: Iterable[Batch], rho: float | Iterable[fl
             gaps.append([])
             for radius in radii:
                 for p, gradient in zip(params, gradients, strict=True):
-                    p.grad = gradient  # which the climb takes away
+                    p.grad = gradient  # which perturbing takes away
                 with perturbation.perturbed(radius), torch.no_grad():
                     gaps[-1].append(float(model(**batch).loss - loss))
     if not gaps:
@@ -97,7 +97,7 @@ def average_sharpness(
                 direction = [torch.randn(p.shape, generator=generator).to(p) for p in params]
                 for sign in (1, -1):
                     for p, part in zip(params, direction, strict=True):
-                        p.grad = sign * part  # a tensor of its own, which the climb takes away
+                        p.grad = sign * part  # a tensor of its own, which perturbing takes away
                     with perturbation.perturbed(rho):
                         rises += [float(model(**batch).loss) - loss for batch, loss in zip(batches, clean, strict=True)]
     finally:

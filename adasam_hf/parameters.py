@@ -1,7 +1,7 @@
 """Which parameters a step concerns: those in the optimizer's groups, read at every step.
 
-A loss with weights (sentence-transformers' `SoftmaxLoss`), layers that are thawed or frozen in mid-run and groups that
-a callback adds are in the groups; `model.parameters()` may know nothing of them.
+A loss with weights (sentence-transformers' `SoftmaxLoss`), layers that are unfrozen or frozen in mid-run and groups
+that a callback adds are in the groups; `model.parameters()` may know nothing of them.
 """
 
 import re

@@ -163,7 +163,7 @@ class SharpnessAwareRun:
                 model.train()
                 if callable(train := getattr(trainer.optimizer, "train", None)):
                     train()
-            # By now callbacks know that the step begins, and may have thawed layers or added a group.
+            # By now callbacks know that the step begins, and may have unfrozen layers or added a group.
             window.begun = True
             self._follow_optimizer(trainer)
             self._plan(trainer, window)

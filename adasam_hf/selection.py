@@ -23,5 +23,5 @@ def __getattr__(name: str) -> Any:
     if name not in _MOVED:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     instead, found = _MOVED[name]
-    warnings.warn(f"adasam_hf.selection.{name} goes in 0.2; use {instead}", DeprecationWarning, stacklevel=2)
+    warnings.warn(f"adasam_hf.selection.{name} will be removed in 0.2; use {instead}", DeprecationWarning, stacklevel=2)
     return found

@@ -72,9 +72,9 @@ class SharpnessAwareTrainerMixin(ModelCardMixin, CompleteCheckpointsMixin, _Base
     w only inside one call of `training_step`: callbacks, evaluations and checkpoints see w. Radius 0 is the stock run,
     bit for bit. A step that cannot be perturbed is a stock step, and is counted.
 
-    With several processes the ascent's gradient is averaged over them (``sam_sync``), so that the run follows one
-    process with the same global batch; in scope ``microbatch``, or with ``sam_sync=False``, each process ascends along
-    its own, without gradient traffic. The descent's gradient is averaged as in a stock run, so that the
+    With several processes the ascent's gradient is averaged over them (``sam_sync``), so that the run matches a
+    single-process run with the same global batch; in scope ``microbatch``, or with ``sam_sync=False``, each process
+    perturbs along its own, without gradient traffic. The descent's gradient is averaged as in a stock run, so that the
     processes' weights stay the same bits.
 
     The radius is ``args.sam_rho``; unset, it is that of the `AdaSAM` instance in use, that of the preset for

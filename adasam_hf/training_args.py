@@ -57,7 +57,7 @@ _end = _number("a number with 0 <= sam_start < sam_end <= 1; try sam_end=1", lam
 _share = _number("a number in (0, 1]; try 0.25", lambda share: 0.0 < share <= 1.0)
 _epsilon = _number("a finite number >= 0; try 1e-6", lambda epsilon: math.isfinite(epsilon) and epsilon >= 0.0)
 _radius = _number(
-    "a finite number >= 0 (0 switches the ascent off; try 0.05)", lambda rho: math.isfinite(rho) and rho >= 0.0
+    "a finite number >= 0 (0 switches the perturbation off; try 0.05)", lambda rho: math.isfinite(rho) and rho >= 0.0
 )
 
 # How each argument is read, whoever sets it: a script, a parser, `dataclasses.replace`, a hyperparameter search.
@@ -79,7 +79,7 @@ READERS: dict[str, Reader] = {
     "sam_parameters": partial(read_pattern, must_be="'all', 'norm' or a regular expression over parameter names"),
     "sam_start": _start,
     "sam_end": _end,
-    "sam_interval": _whole_number("a whole number >= 1; 1 ascends in every step"),
+    "sam_interval": _whole_number("a whole number >= 1; 1 perturbs in every step"),
     "sam_reuse": read_truth_value,
     "sam_descent": _choice(get_args(Descent)),
     "sam_cache_frozen": read_truth_value,
@@ -109,7 +109,7 @@ else:
 
 @dataclass(repr=False)
 class SharpnessAwareArgumentsMixin(_Base):
-    """Adds the paper's optimizers and the ascent to a `TrainingArguments` class.
+    """Adds the paper's optimizers and the perturbation to a `TrainingArguments` class.
 
     Combine it in front of the class, with ``repr=False``: the `__repr__` that dataclass makes prints the hub token:
 
@@ -131,27 +131,31 @@ class SharpnessAwareArgumentsMixin(_Base):
     sam_rho: float | None = field(
         default=None,
         metadata={
-            "help": "Radius ρ of the ascent, in weight units. Above 0 it makes any optimizer sharpness-aware. "
+            "help": "Radius ρ of the perturbation, in weight units. Above 0 it makes any optimizer sharpness-aware. "
             "Unset: 0.05 for adasam and sam (0.1 with sam_preset=fast, 0.4 along the momentum), 0 for the others."
         },
     )
     sam_scope: Scope = field(
         default="batch",
         metadata={
-            "help": "Whose gradient the ascent follows: that of the whole optimizer step (batch), or each "
+            "help": "Whose gradient the perturbation follows: that of the whole optimizer step (batch), or each "
             "micro-batch's own (microbatch, m-sharpness)."
         },
     )
     sam_sync: bool = field(
         default=True,
         metadata={
-            "help": "With several processes in scope batch: average the ascent gradient over them, so that the run "
-            "follows one process with the same global batch; --no_sam_sync: each follows its own, without gradient "
-            "traffic in the first pass. In scope microbatch it is never averaged."
+            "help": "With several processes in scope batch: average the ascent gradient over them, so that a run on "
+            "two processes matches a single-process run with the same global batch; --no_sam_sync: each follows its "
+            "own, without gradient traffic in the first pass. In scope microbatch it is never averaged."
         },
     )
     sam_dropout: Dropout = field(
-        default="same", metadata={"help": "Dropout masks of the second pass: the same as in the first, or fresh."}
+        default="same",
+        metadata={
+            "help": "Dropout masks of the second pass: the same as in the first, or fresh (always fresh with "
+            "sam_ascent_fraction below 1)."
+        },
     )
     sam_preset: Preset = field(
         default="full",
@@ -163,7 +167,7 @@ class SharpnessAwareArgumentsMixin(_Base):
     sam_direction: DirectionName | None = field(
         default=None,
         metadata={
-            "help": "Direction of the perturbation: gradient; the optimizer's momentum, which needs no second pass "
+            "help": "Direction of the perturbation: gradient; the optimizer's momentum, which needs no first pass "
             "(Momentum-SAM, arXiv:2401.12033; its radii are many times larger); noise, uniform on the sphere, which "
             "needs none either; preconditioned, the gradient over the root of the optimizer's second moment; friendly, "
             "the gradient minus its running mean. Unset: that of sam_preset."
@@ -177,7 +181,7 @@ class SharpnessAwareArgumentsMixin(_Base):
         default=None,
         metadata={
             "help": "Share of the rows that the ascent sees, in (0, 1] (arXiv:2110.08529: a quarter). "
-            "Unset: that of sam_preset, 1."
+            "Unset: the preset's (0.125 for fast, otherwise 1)."
         },
     )
     sam_ascent_min_rows: int = field(
@@ -196,10 +200,10 @@ class SharpnessAwareArgumentsMixin(_Base):
         },
     )
     sam_start: float = field(
-        default=0.0, metadata={"help": "Share of training before the first ascent (arXiv:2609.17575: 0.7)."}
+        default=0.0, metadata={"help": "Share of training before the first perturbed step (arXiv:2609.17575: 0.7)."}
     )
-    sam_end: float = field(default=1.0, metadata={"help": "Share of training after which no step ascends."})
-    sam_interval: int = field(default=1, metadata={"help": "Ascend in every k-th step only."})
+    sam_end: float = field(default=1.0, metadata={"help": "Share of training after which no step is perturbed."})
+    sam_interval: int = field(default=1, metadata={"help": "Perturb only every N-th step, N being this value."})
     sam_reuse: bool = field(
         default=False,
         metadata={
@@ -334,7 +338,7 @@ class SharpnessAwareArgumentsMixin(_Base):
 
     @property
     def resolved_direction(self) -> DirectionName:
-        """The direction of the ascent: `sam_direction`, or else the preset's."""
+        """The direction of the perturbation: `sam_direction`, or else the preset's."""
         return self.sam_direction or PRESETS[self.sam_preset]["sam_direction"]
 
     @property
@@ -346,7 +350,7 @@ class SharpnessAwareArgumentsMixin(_Base):
 
     @property
     def sam_schedule(self) -> Schedule:
-        """When the ascent takes place, and its radius."""
+        """When the weights are perturbed, and how far."""
         return Schedule(self.sam_start, self.sam_end, self.sam_interval, self.sam_rho_schedule)
 
     def __repr__(self) -> str:
@@ -381,7 +385,7 @@ class SharpnessAwareArgumentsMixin(_Base):
         return preset_radius(self.sam_preset, self.resolved_direction)
 
     def arguments_without_effect(self) -> list[str]:
-        """Arguments of the ascent that are set although, at radius 0, there is none."""
+        """Arguments of the perturbation that are set although, at radius 0, there is none."""
         names = [name for name in PACKAGE_DEFAULTS if name.startswith("sam_") and name != "sam_rho"]
         found = {name: getattr(self, name) for name in names}
         return [f"{name}={value!r}" for name, value in found.items() if value != PACKAGE_DEFAULTS[name]]
@@ -454,7 +458,7 @@ class SharpnessAwareArgumentsMixin(_Base):
 
 
 def _deprecated(name: str, instead: str) -> None:
-    warnings.warn(f"{name} of the arguments goes in 0.2; use {instead}", DeprecationWarning, stacklevel=3)
+    warnings.warn(f"{name} of the arguments will be removed in 0.2; use {instead}", DeprecationWarning, stacklevel=3)
 
 
 @dataclass(repr=False)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""A causal language model, of which LoRA adapters (PEFT) alone are trained, and alone climb.
+"""A causal language model, of which LoRA adapters (PEFT) alone are trained, and alone are perturbed.
 
     python examples/causal_lm_lora.py --model_name_or_path Qwen/Qwen2.5-0.5B --train_file text.jsonl \
         --optim adasam --sam_rho 0.01 --output_dir runs/lora

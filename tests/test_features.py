@@ -58,8 +58,8 @@ def plus(a, b):
 class ByHand:
     """SAM around the oracle's AMSGrad; only the model's own gradients come from torch.
 
-    The faults: `still` names parameters that count in the norm though they neither climb nor learn; `twice` is the
-    position of a gradient that counts twice; `fresh` draws other random numbers in the second pass.
+    The faults: `still` names parameters that count in the norm though they are neither perturbed nor trained; `twice`
+    is the position of a gradient that counts twice; `fresh` draws other random numbers in the second pass.
     """
 
     def __init__(self, model, scope, loss=class_loss, rho=RHO, still=None, twice=None, fresh=False):

@@ -15,7 +15,9 @@ from adasam_hf.rows import choose_rows
     ],
 )
 def test_modules_that_have_moved(module, name, instead, found):
-    with pytest.warns(DeprecationWarning, match=f"{module.__name__}.{name} goes in 0.2; use {instead}") as warned:
+    with pytest.warns(
+        DeprecationWarning, match=f"{module.__name__}.{name} will be removed in 0.2; use {instead}"
+    ) as warned:
         assert getattr(module, name) is found
     assert warned[0].filename == __file__
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):

@@ -1,4 +1,4 @@
-"""The optimizer's groups own the parameters, at every step: loss weights, new groups, thawed and frozen layers."""
+"""The optimizer's groups own the parameters, at every step: loss weights, new groups, unfrozen and frozen layers."""
 
 import math
 
@@ -191,7 +191,7 @@ def test_a_group_that_is_added_to_adasam_has_the_radius_of_the_argument(build):
 
 @SCOPES
 @pytest.mark.parametrize("which", ["all", "encoder"])
-@pytest.mark.compat("Parameters", "layers that are thawed or frozen in mid-training")
+@pytest.mark.compat("Parameters", "layers that are unfrozen or frozen in mid-training")
 def test_layers_that_are_thawed_climb_from_then_on(build, scope, which):
     rows = make_rows(24)
 

@@ -26,7 +26,7 @@ LOOP = "devices without fused kernels"
 
 @pytest.fixture(params=["fused", LOOP])
 def climb(request, monkeypatch):
-    """Both ways of climbing."""
+    """Both ways of perturbing."""
     if request.param == LOOP:
         monkeypatch.setattr(kernels, "_get_fused_kernels_supported_devices", list)
     return request.param
@@ -87,7 +87,7 @@ def test_any_optimizer_restored_to_the_bit(name, climb):
 
 
 def test_subtracting_would_not_restore():
-    """The control of the test above: undoing the climb by arithmetic loses bits."""
+    """The control of the test above: undoing the perturbation by arithmetic loses bits."""
     p = torch.randn(1000, generator=torch.Generator().manual_seed(0))
     delta = 0.1 * torch.randn(1000, generator=torch.Generator().manual_seed(1))
     assert not same([p.clone()], [p.add_(delta).sub_(delta)])

@@ -153,7 +153,7 @@ def run_with_overflow(build, passes, scope="batch"):
 @pytest.mark.compat("Precision", "fp16: an overflow in the first pass moves nothing")
 def test_overflow_in_the_ascent(build, scope):
     trainer, trace, seen = run_with_overflow(build, {2}, scope)  # passes 2 and 3 are those of the second step
-    assert torch.equal(seen[3], seen[2])  # no climb, in place of a climb to NaN
+    assert torch.equal(seen[3], seen[2])  # not perturbed, instead of perturbed to NaN
     assert not torch.equal(seen[1], seen[0]) and not torch.equal(seen[5], seen[4])
     # The step itself goes on with the gradient of the second pass, and the scaler has seen no overflow.
     assert not torch.equal(trace.weights[1], trace.weights[0])
@@ -188,7 +188,7 @@ def test_momentum_waits_for_an_update_that_was_not_skipped(build):
     trainer.train()
     assert torch.equal(trace.weights[1], start) and not torch.equal(trace.weights[2], start)
     assert all(torch.equal(w, start) for w in seen[:3])
-    assert not torch.equal(seen[3], trace.weights[2])  # from then on it climbs
+    assert not torch.equal(seen[3], trace.weights[2])  # from then on it is perturbed
 
 
 # ---- half-precision weights ----

@@ -195,7 +195,9 @@ def _bytes(storage):
 
 @settings(max_examples=60, deadline=None)
 @given(trainings())
-@pytest.mark.compat("Parameters", "slices, transposed and channels-last weights; frozen and thawed; outside the model")
+@pytest.mark.compat(
+    "Parameters", "slices, transposed and channels-last weights; frozen and unfrozen; outside the model"
+)
 def test_any_layout_window_and_skip_follows_numpy(training):
     error, _ = run(training)
     assert error == 0.0

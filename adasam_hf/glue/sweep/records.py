@@ -1,4 +1,7 @@
-"""The records of finished runs: whether they are whole, and of the runs that the sweep file describes."""
+"""The records of finished runs: whether they are whole, and of the runs that the sweep file describes.
+
+What counts as finished is `Run.finished`, in `run.py`.
+"""
 
 import json
 from collections.abc import Sequence
