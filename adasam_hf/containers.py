@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 
 def copy_containers(value: Any) -> Any:
@@ -19,10 +20,14 @@ def copy_containers(value: Any) -> Any:
 def modules_in(values: Iterable[Any]) -> Iterator[nn.Module]:
     """The modules among `values`, and those in mappings, lists and tuples of modules; not what is inside modules.
 
+    In the place of a wrapper that distributes a model, the model.
+
     What begins with something else than a module (or such a collection) is left alone: it may be long.
     """
     for value in values:
-        if isinstance(value, nn.Module):
+        if isinstance(value, (DataParallel, DistributedDataParallel)):
+            yield value.module  # what such a wrapper keeps is about its processes, and nothing that a pass moves
+        elif isinstance(value, nn.Module):
             yield value
         elif isinstance(value, (Mapping, list, tuple)) and _begins_with_module(value):
             yield from modules_in(_items(value))

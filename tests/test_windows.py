@@ -269,7 +269,7 @@ def test_buffers_of_modules_in_collections_move_once(build, holds, kind):
 
 def test_which_modules_are_found():
     a, b, c = nn.Linear(1, 1), nn.Sequential(nn.ReLU()), nn.Tanh()
-    values = [a, {"x": b}, [(c,)], [1, nn.ELU()], "text", {}, [], range(3)]
+    values = [nn.DataParallel(a), {"x": b}, [(c,)], [1, nn.ELU()], "text", {}, [], range(3)]
     assert list(modules_in(values)) == [a, b, c]
 
 
