@@ -8,7 +8,7 @@ from torch.utils.data import Subset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from . import rng
-from .measures import refuse_fused_attention, sam_gap, top_eigenvalues
+from .sharpness_measures import refuse_fused_attention, sam_gap, top_eigenvalues
 
 
 class SharpnessCallback(TrainerCallback):

@@ -310,7 +310,7 @@ def test_the_site_builds(tmp_path):
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     api = (tmp_path / "site" / "api" / "index.html").read_text(encoding="utf-8")
-    for name in ("trainer.AdaSAMTrainer", "optim.AdaSAM", "measures.top_eigenvalues", "directions.Momentum"):
+    for name in ("trainer.AdaSAMTrainer", "optim.AdaSAM", "sharpness_measures.top_eigenvalues", "directions.Momentum"):
         assert f'id="adasam_hf.{name}"' in api
     assert "<math" in (tmp_path / "site" / "step" / "index.html").read_text(encoding="utf-8")
     remote = re.compile(r'(?:src|rel="stylesheet" href)="https?://')  # nothing is fetched from elsewhere
