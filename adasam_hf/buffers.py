@@ -9,11 +9,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-PLAIN = (bool, int, float, complex, str, type(None))
+PLAIN = (bool, int, float, complex, str, type(None), np.generic)
 """Types of attributes that are state by themselves, such as counters and lengths."""
+_ABSENT = object()
 
 
 class _Slot(NamedTuple):
@@ -26,30 +28,47 @@ class _Slot(NamedTuple):
 
 
 class ModelState:
-    """Buffers of some modules at one instant, and their attributes that are tensors, numbers, strings or None.
+    """Buffers of some modules at one instant, and their attributes that are tensors, tuples, numbers, strings or None.
 
     `restore` may be called any number of times. Tensors that share memory with parameters are put back as references
     alone, for it is not this that moves parameters; likewise views that repeat one number (`Tensor.expand`).
+
+    Args:
+        modules: without those that are inside them.
+        like: an earlier state of the same modules, whose copies are shared where nothing has changed. (Only on the
+            host; to compare, an accelerator would have to be waited for.)
     """
 
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
+    def __init__(self, modules: Iterable[nn.Module], like: "ModelState | None" = None) -> None:
         modules = list(modules)
         tensors = list(_tensors(modules))
         weights = _memory_of_parameters(modules) if tensors else set()
-        self._slots = [_slot(holder, name, tensor, weights) for holder, name, tensor in tensors]
-        self._plain = [(vars(module), _plain_attributes(module)) for module in modules]
+        known = {} if like is None else {(id(slot.holder), slot.name): slot.values for slot in like._slots}
+        self._slots: list[_Slot] = [
+            _slot(holder, name, tensor, weights, known.get((id(holder), name))) for holder, name, tensor in tensors
+        ]
+        self._plain = [(vars(module), _plain_attributes(module), set(vars(module))) for module in modules]
 
     @torch.no_grad()
-    def restore(self) -> None:
-        """Put everything back: the same tensors, with the values that they had."""
-        for attributes, plain in self._plain:
+    def restore(self, *, compare: bool = False) -> None:
+        """Put everything back: the same tensors, with the values that they had.
+
+        Args:
+            compare: write to no tensor that has them already, even if an accelerator must be waited for.
+        """
+        for attributes, plain, names in self._plain:
+            for name in [name for name in attributes if name not in names]:
+                if isinstance(attributes[name], (*PLAIN, tuple, Tensor)):
+                    del attributes[name]
             for name, value in plain.items():
-                if attributes.get(name) is not value:
+                if attributes.get(name, _ABSENT) is not value:
                     attributes[name] = value
         for slot in self._slots:
             if slot.holder.get(slot.name) is not slot.tensor:  # the pass has put another one there
                 slot.holder[slot.name] = slot.tensor
-            if slot.tensor is not None and slot.values is not None:
+            if slot.tensor is None or slot.values is None:
+                continue
+            if not ((compare or slot.tensor.device.type == "cpu") and same_bits(slot.tensor, slot.values)):
                 slot.tensor.copy_(slot.values)
 
     @contextmanager
@@ -57,10 +76,12 @@ class ModelState:
         """Start the block from this state; afterwards things are as they were before the block."""
         now = ModelState([])
         now._slots = [
-            _slot(slot.holder, slot.name, slot.holder.get(slot.name), set() if slot.values is not None else None)
+            _slot(slot.holder, slot.name, slot.holder.get(slot.name), set(), slot.values)
+            if slot.values is not None
+            else slot._replace(tensor=slot.holder.get(slot.name))
             for slot in self._slots
         ]
-        now._plain = [(attributes, {n: attributes.get(n) for n in plain}) for attributes, plain in self._plain]
+        now._plain = [(a, _plain_of(a), set(a)) for a, _, _ in self._plain]
         self.restore()
         try:
             yield
@@ -69,28 +90,40 @@ class ModelState:
 
     def is_present(self) -> bool:
         """Whether everything is as it was at that instant, bit for bit."""
+        for attributes, plain, names in self._plain:
+            if any(name not in names and isinstance(value, PLAIN) for name, value in attributes.items()):
+                return False
+            if not all(_same_value(attributes.get(name, _ABSENT), value) for name, value in plain.items()):
+                return False
         return all(
-            attributes.get(name) is value or (type(attributes.get(name)) is type(value) and attributes[name] == value)
-            for attributes, plain in self._plain
-            for name, value in plain.items()
-        ) and all(
             slot.holder.get(slot.name) is slot.tensor
             and (slot.tensor is None or slot.values is None or same_bits(slot.tensor, slot.values))
             for slot in self._slots
         )
 
 
+def _same_value(now: Any, before: Any) -> bool:
+    return now is before or (type(now) is type(before) and not isinstance(before, tuple) and bool(now == before))
+
+
 def _tensors(modules: Iterable[nn.Module]) -> Iterator[tuple[dict[str, Any], str, Tensor | None]]:
     for module in modules:
-        for name, buffer in module._buffers.items():
-            yield module._buffers, name, buffer
+        # (A scripted module hands out its buffers, but nobody can put others there.)
+        scripted = isinstance(module, torch.jit.ScriptModule)
+        buffers = dict(module.named_buffers(recurse=False)) if scripted else module._buffers
+        for name, buffer in buffers.items():
+            yield buffers, name, buffer
         for name, value in vars(module).items():
             if type(value) is Tensor:
                 yield vars(module), name, value
 
 
+def _plain_of(attributes: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in attributes.items() if isinstance(value, (*PLAIN, tuple))}
+
+
 def _plain_attributes(module: nn.Module) -> dict[str, Any]:
-    return {name: value for name, value in vars(module).items() if isinstance(value, PLAIN)}
+    return _plain_of(vars(module))
 
 
 def _memory_of_parameters(modules: Iterable[nn.Module]) -> set[int]:
@@ -98,16 +131,18 @@ def _memory_of_parameters(modules: Iterable[nn.Module]) -> set[int]:
     return {p.untyped_storage().data_ptr() for p in parameters if type(p.data) is Tensor}
 
 
-def _slot(holder: dict[str, Any], name: str, tensor: Any, weights: set[int] | None) -> _Slot:
-    """`weights`: the memory of parameters; None to keep the reference alone."""
-    if not isinstance(tensor, Tensor) or weights is None or not _is_plain(tensor, weights):
+def _slot(holder: dict[str, Any], name: str, tensor: Any, weights: set[int], known: Tensor | None = None) -> _Slot:
+    """`weights`: the memory of parameters; `known`: a copy of values that it may still have."""
+    if not isinstance(tensor, Tensor) or not _is_plain(tensor, weights):
         return _Slot(holder, name, tensor, None)
+    if known is not None and tensor.device.type == "cpu" and same_bits(tensor, known):
+        return _Slot(holder, name, tensor, known)
     # Versions cannot tell what has changed: codebooks are often written through `.data`, which counts nothing.
     return _Slot(holder, name, tensor, tensor.detach().clone())
 
 
 def _is_plain(tensor: Tensor, weights: set[int]) -> bool:
-    if tensor.requires_grad or tensor.is_inference():
+    if tensor.requires_grad or tensor.is_inference() or tensor.is_nested:
         return False
     if type(tensor) is not Tensor or tensor.layout is not torch.strided or tensor.is_meta:
         return True

@@ -38,7 +38,7 @@ def _begins_with_module(value: Any) -> bool:
         return True
     if not isinstance(value, (Mapping, list, tuple)) or not value:
         return False
-    return _begins_with_module(next(iter(_items(value))))
+    return _begins_with_module(value[0] if isinstance(value, (list, tuple)) else next(iter(value.values())))
 
 
 def _items(value: Mapping[Any, Any] | list[Any] | tuple[Any, ...]) -> Iterable[Any]:

@@ -63,12 +63,20 @@ class Planner:
 
     def __init__(self, args: PlanArguments, model: nn.Module, optimizer: Optimizer) -> None:
         self.args, self._model, self._optimizer = args, model, optimizer
-        self.own_direction = DIRECTIONS[args.resolved_direction](optimizer)
+        self._directions: dict[DirectionName, Direction] = {}
         self.previous = PreviousAscent(optimizer)
         if isinstance(adasam := innermost(optimizer), AdaSAM):
             adasam.warn_without_ascent = False  # here that is reported with its reasons
         self._peak_rates = PeakRates()
         self._first_ascent: int | None = None  # the step of the first one of this training
+
+    @property
+    def own_direction(self) -> Direction:
+        """That of the arguments, as they are now; each keeps what it knows as long as the training lasts."""
+        name = self.args.resolved_direction
+        if name not in self._directions:
+            self._directions[name] = DIRECTIONS[name](self._optimizer)
+        return self._directions[name]
 
     @property
     def radii(self) -> list[float]:

@@ -37,9 +37,11 @@ def generators_in(values: Iterable[Any]) -> list[Generator]:
     found: dict[int, Generator] = {}
     for value in values:
         inside = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
-        if not isinstance(next(iter(inside), None), Generator):
+        first = inside[0] if inside and isinstance(inside, (list, tuple)) else next(iter(inside), None)
+        if not isinstance(first, Generator):
             inside = ()
-        found |= {id(item): item for item in (value, *inside) if isinstance(item, Generator)}
+        items = (item for item in (value, *inside) if isinstance(item, Generator))
+        found |= {id(item): item for item in items if not isinstance(item, random.SystemRandom)}  # it has no state
     return list(found.values())
 
 

@@ -80,8 +80,12 @@ class SharpnessAwareRun:
 
     # ---- steps ----
 
-    def begin_step(self, trainer: SharpnessAwareTrainer, samples: list[Any]) -> Window:
-        """Plan the optimizer step whose micro-batches `samples` are. Returns its window."""
+    def begin_step(self, trainer: SharpnessAwareTrainer, samples: list[Any], *, passed_on: bool = False) -> Window:
+        """Plan the optimizer step whose micro-batches `samples` are. Returns its window.
+
+        Args:
+            passed_on: whether the list goes to others, who may change it, before the step begins.
+        """
         self._leave_window(trainer)
         self._follow_optimizer(trainer)
         self.step.settings = self._settings(trainer)
@@ -91,6 +95,7 @@ class SharpnessAwareRun:
             self._first_step = trainer.state.global_step
             self.planner.settle_radii()
         window = Window(samples)
+        window.passed_on = passed_on
         if samples:  # an unsized dataset that has run out goes on to give windows without a micro-batch
             self._plan(trainer, window)
         if first:
@@ -110,9 +115,10 @@ class SharpnessAwareRun:
     def _follow_optimizer(self, trainer: SharpnessAwareTrainer) -> None:
         """A callback may have put another optimizer in the place of the one that the run began with."""
         if trainer.optimizer is not self._optimizer:
-            metrics = self.metrics
+            metrics, state = self.metrics, self.planner.state()
             self.step.perturbation.release()
             self._build(trainer, metrics)
+            self.planner.load_state(state)
 
     def _plan(self, trainer: SharpnessAwareTrainer, window: Window) -> None:
         """Look at the optimizer's groups, the schedule and the rows; once more when the step really begins."""
@@ -167,6 +173,8 @@ class SharpnessAwareRun:
             window.begun = True
             self._follow_optimizer(trainer)
             self._plan(trainer, window)
+            if window.passed_on and window.iterating and window.ascent_inputs is not None:
+                self._choose_rows(trainer, window)
             if not window.iterating and trainer.is_in_train:
                 # A `get_batch_samples` in front of ours has made another list, of which the Trainer knows the length.
                 window.size_elsewhere = getattr(trainer, "current_gradient_accumulation_steps", None)

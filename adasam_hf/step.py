@@ -124,6 +124,7 @@ class TwoPassStep:
         if window.passes:
             self._look_at_gradients(window)
         else:
+            self._refuse_hooks()
             self._look_around(window)
             window.leftover = take_gradients(self._reached())
             self.perturbation.forget_spent_gradients()
@@ -156,6 +157,7 @@ class TwoPassStep:
     # ---- the passes ----
 
     def _single_pass(self, window: Window, inputs: Any, stock_step: StockStep) -> Tensor:
+        self._refuse_hooks()
         with self._perturbed(window.plan) as norm:
             loss = stock_step(inputs)
         self.metrics.perturbed(norm, 1 / window.size, self.perturbation.applied)
@@ -175,14 +177,9 @@ class TwoPassStep:
             )
         frozen = FrozenOutputs(window.frozen, self._trust, window.models)
         logits = LogitGradients(self._model) if self.settings.functional else None
-        one = Pass(
-            copy_containers(inputs),
-            rng.capture(window.generators),
-            ModelState(window.modules),
-            position,
-            frozen,
-            logits,
-        )
+        state = ModelState(window.modules, like=window.passes[-1].state if window.passes else None)
+        one = Pass(copy_containers(inputs), rng.capture(window.generators), state, position, frozen, logits)
+        frozen_weights = _frozen_weights(window.modules)
         window.passes.append(one)
         try:
             seen = inputs if window.ascent_inputs is None else window.ascent_inputs[position]
@@ -199,6 +196,12 @@ class TwoPassStep:
             window.note_gradients(self._reached())
             raise
         window.losses.append(loss)
+        if _frozen_weights(window.modules) != frozen_weights:
+            raise NotImplementedError(
+                "the forward pass writes to parameters that are not trained, such as a moving average of others, and "
+                "the second pass would do so once more, from the perturbed weights; do that in a callback "
+                f"(on_step_end), or set {self._prefix}rho=0"
+            )
         if logits is not None:
             self._logits_seen |= logits.found
             if not self._logits_seen:
@@ -288,6 +291,8 @@ class TwoPassStep:
         window.generators = [*rng.generators_of(window.modules), *rng.generators_in(beside)]
         if self.settings.cache_frozen and self.settings.same_masks and window.ascent_inputs is None:
             window.frozen = frozen_modules(window.models)
+
+    def _refuse_hooks(self) -> None:
         if any(getattr(p, "_post_accumulate_grad_hooks", None) for p in self._reached()):
             raise NotImplementedError(
                 "a parameter has a hook of register_post_accumulate_grad_hook, such as an optimizer that updates "
@@ -335,6 +340,12 @@ class TwoPassStep:
                 "first pass computes the gradients of all parameters, which takes longer; use_reentrant=False avoids "
                 "that"
             )
+
+
+def _frozen_weights(modules: Iterable[nn.Module]) -> list[tuple[int, int, int]]:
+    """Which parameters are not trained, where they lie, and how often they have been written to."""
+    own = {p for module in modules for p in module._parameters.values() if p is not None and not p.requires_grad}
+    return sorted((id(p), p.data_ptr(), p._version) for p in own if type(p.data) is Tensor and not p.is_inference())
 
 
 def _total(losses: list[Tensor], like: Tensor) -> Tensor:

@@ -176,7 +176,8 @@ class SharpnessAwareTrainerMixin(ModelCardMixin, CompleteCheckpointsMixin, _Base
         """As in Transformers; plans the coming optimizer step, whose micro-batches these are."""
         run = self._running()
         samples, items = super().get_batch_samples(*args, **kwargs)
-        return run.begin_step(self, samples), items
+        ours = type(self).get_batch_samples is SharpnessAwareTrainerMixin.get_batch_samples
+        return run.begin_step(self, samples, passed_on=not ours), items
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """The double forward/backward (`step.TwoPassStep`). Returns the loss at w, as the stock step does."""

@@ -82,6 +82,7 @@ class Window(list[Any]):
             that takes no part.
         ascent_items: `num_items_in_batch` of all that.
         ascent_share: the share of the window that this is, by rows (of packed rows, by tokens); None if it is all.
+        passed_on: whether others may change the list before its first micro-batch is taken.
         begun: whether its first micro-batch has been taken.
         descended: whether a descent has begun, which took the ascent's gradients; `passes` are those still to come.
         complete: whether the window, or in scope microbatch one micro-batch of it, has been through the descent.
@@ -94,7 +95,7 @@ class Window(list[Any]):
         self.ascent_inputs: dict[int, Any | None] | None = None
         self.ascent_items: Tensor | int | None = None
         self.ascent_share: float | None = None
-        self.begun = False
+        self.begun = self.passed_on = False
         self.passes: list[Pass] = []
         self.losses: list[Tensor] = []  # of the passes, at w
         self.leftover: dict[nn.Parameter, Tensor] = {}
@@ -116,9 +117,12 @@ class Window(list[Any]):
         self._gradients: list[tuple[nn.Parameter, Tensor | None, int | None]] = []
 
     def __iter__(self) -> Iterator[Any]:
-        for self._at, micro_batch in enumerate(super().__iter__()):
-            yield micro_batch
-        self._at = None
+        before = self._at  # of another iteration
+        try:
+            for self._at, micro_batch in enumerate(super().__iter__()):
+                yield micro_batch
+        finally:
+            self._at = before
 
     @property
     def size(self) -> int:

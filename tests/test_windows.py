@@ -14,6 +14,7 @@ from transformers import Trainer, TrainerCallback
 
 from adasam_hf import AdaSAMTrainer, Perturbation, SharpnessAwareTrainerMixin
 from adasam_hf.containers import copy_containers, modules_in
+from adasam_hf.window import Window
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 RHO = 0.3
@@ -36,6 +37,37 @@ class Copies(InOrder):
     def get_batch_samples(self, *args, **kwargs):
         samples, items = super().get_batch_samples(*args, **kwargs)
         return [copy.copy(one) for one in samples], items
+
+
+class ChangesTheList(InOrder):
+    """In place, and its tensors, too."""
+
+    def get_batch_samples(self, *args, **kwargs):
+        samples, items = super().get_batch_samples(*args, **kwargs)
+        samples.reverse()
+        for one in samples:
+            one["input_ids"] %= 20
+        return samples, items
+
+
+@SCOPES
+@pytest.mark.parametrize("fraction", [1.0, 0.5])
+def test_a_window_that_is_changed_in_place(build, scope, fraction):
+    """In front of the mixin as behind it."""
+    front = type("Front", (ChangesTheList, AdaSAMTrainer), {})
+    behind = type("Behind", (SharpnessAwareTrainerMixin, ChangesTheList, Trainer), {})
+    flags = {"sam_rho": RHO, "sam_scope": scope, "sam_ascent_fraction": fraction, "sam_ascent_min_rows": 1}
+    found = [flat(trained(build, kind, copy.deepcopy(make_rows(24)), **flags).model) for kind in (front, behind)]
+    assert torch.equal(*found)
+    assert not torch.equal(found[0], flat(trained(build, Sharp, make_rows(24), **flags).model))
+
+
+def test_a_look_into_a_window_does_not_move_it():
+    window = Window([1, 2, 3])
+    found = any(one == 2 for one in window)
+    first = next(iter(window))
+    assert found and first == 1 and not window.iterating
+    assert [window.position_of(one) for one in window] == [0, 1, 2]
 
 
 class TakesTheFirst(InOrder):
@@ -361,7 +393,7 @@ class Tied(nn.Module):
             self.tied = self.a.weight.data
         if kind == "an expanded buffer":
             self.register_buffer("mask", torch.ones(1).double().expand(4))
-        self.temperature, self.length = 1.0, None
+        self.temperature, self.length, self.count, self.recurrent = 1.0, None, np.int64(0), (torch.zeros(4).double(),)
         self.moved = []
 
     def forward(self, input_ids, labels):
@@ -374,6 +406,15 @@ class Tied(nn.Module):
         if self.kind == "a number that there was not":
             self.length = 1.0 if self.length is None else self.length + 1
             h = h * self.length
+        if self.kind == "a number of NumPy":
+            self.count = self.count + 1
+            h = h * float(self.count)
+        if self.kind == "a tuple":
+            h = h + self.recurrent[0]
+            self.recurrent = (h.detach().mean(0),)
+        if self.kind == "an attribute of the first pass":
+            self.fresh = getattr(self, "fresh", 0) + 1
+            h = h * self.fresh
         if self.kind == "an expanded buffer":
             h = h * self.mask
         return {"loss": cross_entropy(self.head(h), labels)}
@@ -385,6 +426,9 @@ TIED = [
     "an expanded buffer",
     "a number",
     "a number that there was not",
+    "a number of NumPy",
+    "a tuple",
+    "an attribute of the first pass",
 ]
 
 
@@ -436,8 +480,9 @@ def test_optimizers_inside_backward_are_refused(build):
     model = make_model("bert")
     for p in model.parameters():
         p.register_post_accumulate_grad_hook(lambda p: None)
-    with pytest.raises(NotImplementedError, match=r"register_post_accumulate_grad_hook.*or set sam_rho=0"):
-        build(Sharp, model, optim="sgd", sam_rho=RHO).train()
+    for direction in ("gradient", "noise"):
+        with pytest.raises(NotImplementedError, match=r"register_post_accumulate_grad_hook.*or set sam_rho=0"):
+            build(Sharp, model, optim="sgd", sam_rho=RHO, sam_direction=direction).train()
     build(Sharp, model, optim="sgd").train()
 
 
