@@ -227,10 +227,10 @@ class SharpnessAwareLoop:
             self._step(window, micro_batch, stock_step, sync)
         finally:
             self._step.perturbation.restore()  # Ctrl-C may have cut the step's own short
-            if losses:  # the first pass has come to its end, if not the second
+            if losses and last:  # the first pass has come to its end, if not the second
+                self._close()
+            elif losses and self._open is not None:
                 micro_batch.note(losses[0])
-                if last:
-                    self._close()
         return losses[0]
 
     def _is_last(self, last: bool | None) -> bool:
@@ -282,11 +282,13 @@ class SharpnessAwareLoop:
 
     def _before_update(self) -> None:
         for window in (self._open, self._closed):
-            if window is not None and window.unfinished and not window.others_cleared_gradients():
+            # (Where a second pass has failed before it left a gradient, nobody can have cleared any.)
+            abandoned = window is not None and window.has_gradients and window.others_cleared_gradients()
+            if window is not None and window.unfinished and not abandoned:
                 raise RuntimeError(
                     f"optimizer.step() before {sum(one is not None for one in window)} micro-batches have had their "
                     "second pass: none of them was the last of the step, or the pass failed; pass last=True with "
-                    "the last one, or call optimizer.zero_grad() to abandon the step"
+                    "the last one, or call optimizer.zero_grad() and leave step() out to abandon the step"
                 )
 
     def _after_update(self) -> None:

@@ -1,11 +1,15 @@
 """One call of a loss function that can be made a second time, and whether it would be the same call."""
 
 import dis
+import zlib
 from collections.abc import Callable, Iterator, MutableMapping
 from functools import lru_cache, partial
 from types import CodeType
 from typing import Any
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .containers import copy_containers
@@ -39,7 +43,7 @@ class MicroBatch:
                     f"input {name} of loss_fn has been computed from weights, whose gradient the second pass could not "
                     "take again; pass what the model takes, and call the model inside loss_fn"
                 )
-        self._seen: tuple[dict[str, Any], dict[str, int]] = ({}, {})
+        self._seen: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
         self.clean_loss: Tensor | None = None
         """What the first pass has returned, detached."""
 
@@ -52,23 +56,37 @@ class MicroBatch:
 
     def items(self) -> Iterator[tuple[str, Tensor]]:
         """The tensors among the inputs, with a name for each."""
-        return _tensors("", self._inputs)
+        return ((name, leaf) for name, leaf in _leaves("", self._inputs) if isinstance(leaf, Tensor))
 
     def note(self, clean_loss: Tensor) -> None:
         """The first pass has been taken: note its loss, and what it depended on, for `changes`."""
         self.clean_loss = clean_loss
-        self._seen = outer_variables(self._loss_fn), self._versions()
+        self._seen = outer_variables(self._loss_fn), self._contents()
 
     def changes(self) -> list[str]:
         """What has changed since `note`: variables that the function reads from around it, and inputs."""
-        variables, versions = self._seen
+        variables, contents = self._seen
         now = outer_variables(self._loss_fn)
         rebound = [f"the variable {name!r}" for name, value in variables.items() if now.get(name) is not value]
-        written = [f"input {name}" for name, number in self._versions().items() if versions.get(name) != number]
+        written = [f"input {name}" for name, content in self._contents().items() if contents.get(name) != content]
         return rebound + written
 
-    def _versions(self) -> dict[str, int]:
-        return {name: tensor._version for name, tensor in self.items() if not tensor.is_inference()}
+    def _contents(self) -> dict[str, tuple[int, int]]:
+        return {name: _content(value) for name, value in _leaves("", self._inputs)}
+
+
+def _content(value: Tensor | NDArray[Any]) -> tuple[int, int]:
+    """How often a tensor has been written to and, of what lies on the host, a checksum.
+
+    A loader that fills one NumPy buffer again and again changes the tensor over it, and counts nothing.
+    """
+    if isinstance(value, np.ndarray):
+        return 0, zlib.crc32(np.ascontiguousarray(value).tobytes())
+    version = 0 if value.is_inference() else value._version
+    if type(value) is not Tensor or not value.is_cpu or value.layout is not torch.strided:
+        return version, 0
+    flat = value.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
+    return version, zlib.crc32(flat.view(torch.uint8).numpy().data)
 
 
 def outer_variables(function: Callable[..., object]) -> dict[str, Any]:
@@ -97,12 +115,13 @@ def _globals_of(code: CodeType) -> frozenset[str]:
     return frozenset(names).union(*(_globals_of(one) for one in inner))
 
 
-def _tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(value, Tensor):
+def _leaves(name: str, value: Any) -> Iterator[tuple[str, Tensor | NDArray[Any]]]:
+    """Tensors and arrays of numbers in `value`, with a name for each."""
+    if isinstance(value, Tensor) or (isinstance(value, np.ndarray) and value.dtype != object):
         yield name, value
     elif isinstance(value, MutableMapping):
         for key, item in value.items():
-            yield from _tensors(f"{name}[{key!r}]", item)
+            yield from _leaves(f"{name}[{key!r}]", item)
     elif isinstance(value, (list, tuple)):
         for i, item in enumerate(value):
-            yield from _tensors(f"{name}[{i}]", item)
+            yield from _leaves(f"{name}[{i}]", item)

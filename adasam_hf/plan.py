@@ -63,7 +63,8 @@ class Planner:
 
     def __init__(self, args: PlanArguments, model: nn.Module, optimizer: Optimizer) -> None:
         self.args, self._model, self._optimizer = args, model, optimizer
-        self._directions: dict[DirectionName, Direction] = {}
+        # (From the start, as a direction may count updates.)
+        self._directions: dict[DirectionName, Direction] = {args.resolved_direction: self._new_direction()}
         self.previous = PreviousAscent(optimizer)
         if isinstance(adasam := innermost(optimizer), AdaSAM):
             adasam.warn_without_ascent = False  # here that is reported with its reasons
@@ -75,8 +76,11 @@ class Planner:
         """That of the arguments, as they are now; each keeps what it knows as long as the training lasts."""
         name = self.args.resolved_direction
         if name not in self._directions:
-            self._directions[name] = DIRECTIONS[name](self._optimizer)
+            self._directions[name] = self._new_direction()
         return self._directions[name]
+
+    def _new_direction(self) -> Direction:
+        return DIRECTIONS[self.args.resolved_direction](self._optimizer)
 
     @property
     def radii(self) -> list[float]:

@@ -115,10 +115,11 @@ class SharpnessAwareRun:
     def _follow_optimizer(self, trainer: SharpnessAwareTrainer) -> None:
         """A callback may have put another optimizer in the place of the one that the run began with."""
         if trainer.optimizer is not self._optimizer:
-            metrics, state = self.metrics, self.planner.state()
+            metrics, direction = self.metrics, self.planner.own_direction.state()
             self.step.perturbation.release()
             self._build(trainer, metrics)
-            self.planner.load_state(state)
+            if direction:  # which goes on; the rates' peaks are those of the other optimizer's groups
+                self.planner.own_direction.load_state(direction)
 
     def _plan(self, trainer: SharpnessAwareTrainer, window: Window) -> None:
         """Look at the optimizer's groups, the schedule and the rows; once more when the step really begins."""

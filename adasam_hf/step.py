@@ -121,6 +121,7 @@ class TwoPassStep:
         if not window.plan.ascends:
             return self._single_pass(window, inputs, stock_step)
         position = window.position_of(inputs)
+        self._refuse_repetition(window, position)
         if window.passes:
             self._look_at_gradients(window)
         else:
@@ -168,13 +169,6 @@ class TwoPassStep:
         self, window: Window, position: int, inputs: Any, ascent_step: StockStep, sync: Synchronization
     ) -> Tensor:
         """The stock step at w, on what the ascent sees and for the parameters that may move. Returns its loss."""
-        if self.settings.scope == "batch" and any(one.position == position for one in window.passes):
-            raise RuntimeError(
-                f"{self._owner} takes one micro-batch of an accumulated step twice, which "
-                f"{self._prefix}scope='batch' cannot replay: whatever changed between the two calls has changed back "
-                "by the second pass; set "
-                f"{self._prefix}scope='microbatch', gradient_accumulation_steps=1, or {self._prefix}rho=0"
-            )
         frozen = FrozenOutputs(window.frozen, self._trust, window.models)
         logits = LogitGradients(self._model) if self.settings.functional else None
         state = ModelState(window.modules, like=window.passes[-1].state if window.passes else None)
@@ -291,6 +285,18 @@ class TwoPassStep:
         window.generators = [*rng.generators_of(window.modules), *rng.generators_in(beside)]
         if self.settings.cache_frozen and self.settings.same_masks and window.ascent_inputs is None:
             window.frozen = frozen_modules(window.models)
+
+    def _refuse_repetition(self, window: Window, position: int) -> None:
+        """In scope batch each micro-batch of several comes once, and none after the descent of them all has begun."""
+        if self.settings.scope != "batch" or window.size == 1:
+            return
+        if window.descended or any(one.position == position for one in window.passes):
+            raise RuntimeError(
+                f"{self._owner} takes one micro-batch of an accumulated step twice, which "
+                f"{self._prefix}scope='batch' cannot replay: whatever changed between the two calls has changed back "
+                "by the second pass; set "
+                f"{self._prefix}scope='microbatch', gradient_accumulation_steps=1, or {self._prefix}rho=0"
+            )
 
     def _refuse_hooks(self) -> None:
         if any(getattr(p, "_post_accumulate_grad_hooks", None) for p in self._reached()):

@@ -156,6 +156,11 @@ class Window(list[Any]):
         """Remember the gradients that the ascent has gathered, for `others_changed_gradients`."""
         self._gradients = [(p, p.grad, version(p.grad)) for p in parameters]
 
+    @property
+    def has_gradients(self) -> bool:
+        """Whether there were any to remember."""
+        return any(gradient is not None for _, gradient, _ in self._gradients)
+
     def others_changed_gradients(self) -> bool:
         """Whether they have been changed since."""
         return any(p.grad is not gradient or version(p.grad) != number for p, gradient, number in self._gradients)

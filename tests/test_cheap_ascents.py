@@ -463,6 +463,19 @@ def test_an_optimizer_without_a_second_moment_is_an_error(build):
         build(Sharp, model, optimizers=(mine, None), **flags).train()
 
 
+def test_whether_a_checkpoint_is_saved_does_not_change_the_noise(build):
+    """Of a training that begins to perturb its weights late: what counts updates counts them from the start."""
+
+    def run(folder, **how):
+        model = bert()
+        flags = {"optim": "adamw_torch", "sam_rho": RHO, "sam_direction": "noise", "sam_start": 0.5}
+        build(Sharp, model, folder=folder, **flags, **how).train()
+        return flat(model)
+
+    assert torch.equal(run("plain"), run("saves", save_strategy="steps", save_steps=1))
+    assert not torch.equal(run("plain"), run("other", seed=7))
+
+
 @SCOPES
 @pytest.mark.compat("Cheap ascents", "`sam_direction=noise` over a resume")
 def test_noise_goes_on_after_a_resume(build, scope):

@@ -521,6 +521,50 @@ def test_a_second_pass_that_fails_leaves_the_weights_and_no_update():
     assert not torch.equal(model.weight, before)
 
 
+def test_a_second_pass_that_fails_before_it_leaves_a_gradient():
+    """Nobody can have cleared what is not there: an update of nothing would be a step lost in silence."""
+    accelerator = accelerator_for(2)
+    model, optimizer, sam = small(accelerator)
+    loss_fn = Fails(model, 3)
+    before = model.weight.detach().clone()
+    with accelerator.accumulate(model):
+        sam.backward(loss_fn, *batch(0))
+    with accelerator.accumulate(model), pytest.raises(MemoryError):
+        sam.backward(loss_fn, *batch(1))
+    with pytest.raises(RuntimeError, match=r"or the pass failed.*leave step\(\) out"):
+        optimizer.step()
+    assert torch.equal(model.weight, before)
+    for i in (2, 3):  # the next step is a whole one
+        with accelerator.accumulate(model):
+            sam.backward(loss_fn, *batch(i))
+    want = gradient_at_perturbed(model, [2, 3], [0.5, 0.5])
+    torch.testing.assert_close(model.weight.grad, want, rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["tensor over it", "array"])
+@pytest.mark.parametrize("refills", [True, False])
+def test_a_buffer_that_the_loader_fills_again(kind, refills):
+    """Such a tensor counts no change, and an array has no count."""
+    model, _, sam = small(accelerator_for())
+    buffer = batch(0)[0].numpy().copy()
+
+    def loss_fn(x, y):
+        return cross_entropy(model(torch.as_tensor(x)), y)
+
+    def x():
+        return torch.from_numpy(buffer) if kind == "tensor over it" else buffer
+
+    sam.backward(loss_fn, x(), batch(0)[1], last=False)
+    if refills:
+        buffer[:] = batch(1)[0].numpy()
+        with pytest.raises(RuntimeError, match="is no longer what the first pass of its micro-batch saw"):
+            sam.backward(loss_fn, x(), batch(1)[1], last=True)
+    else:
+        sam.backward(loss_fn, batch(1)[0].numpy() if kind == "array" else batch(1)[0], batch(1)[1], last=True)
+        want = gradient_at_perturbed(model, [0, 1])
+        torch.testing.assert_close(model.weight.grad, want, rtol=1e-13, atol=0)
+
+
 def test_an_interrupt_that_cuts_restoring_short(monkeypatch):
     model, _, sam = small(accelerator_for())
     before = model.weight.detach().clone()

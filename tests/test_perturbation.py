@@ -407,9 +407,14 @@ def test_a_step_uses_them_up(name):
     handle = Perturbation(optimizer)
     for _ in range(2):
         loss(0).backward()
+        gradients, before = [p.grad.clone() for p in model.parameters()], bits(model.parameters())
+        norm = torch.cat([g.reshape(-1) for g in gradients]).norm()
         with handle.perturbed(0.1):
+            for p, w, g in zip(model.parameters(), before, gradients, strict=True):
+                torch.testing.assert_close(p.detach(), w + 0.1 * g / norm)
             loss(0).backward()
         optimizer.step()
+        assert not same(before, model.parameters())
 
 
 @pytest.mark.parametrize("clear", CLEAR)
@@ -472,8 +477,11 @@ def test_second_passes_of_many_micro_batches_add_up():
         for i in range(3):
             (loss(i) / 3).backward()
         with handle.perturbed(0.1):
+            want = torch.autograd.grad(sum(loss(i) for i in range(3)) / 3, list(model.parameters()))
             for i in range(3):
                 (loss(i) / 3).backward()
+        for p, g in zip(model.parameters(), want, strict=True):
+            torch.testing.assert_close(p.grad, g)
         handle.optimizer.step()
         handle.optimizer.zero_grad()
 

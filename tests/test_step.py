@@ -248,6 +248,34 @@ def test_one_micro_batch_of_several_taken_twice_is_refused_in_scope_batch():
     assert step.metrics.read is not None and window.complete
 
 
+def test_a_micro_batch_that_comes_again_after_the_descent_is_refused():
+    """As where a trainer tries it again after an out-of-memory: it would ascend along that one alone."""
+    model = nn.Linear(3, 1)
+    step, stock_step, window_of = steps_of(model)
+    calls = []
+
+    def fails_in_the_last_second_pass(x):
+        calls.append(x)
+        if len(calls) == 4:
+            raise MemoryError
+        return stock_step(x)
+
+    window = window_of([torch.randn(2, 3), torch.randn(2, 3)])
+    for i, x in enumerate(window):
+        if not i:
+            step(window, x, fails_in_the_last_second_pass, OneProcess())
+            continue
+        with pytest.raises(MemoryError):
+            step(window, x, fails_in_the_last_second_pass, OneProcess())
+        with pytest.raises(RuntimeError, match="takes one micro-batch of an accumulated step twice"):
+            step(window, x, fails_in_the_last_second_pass, OneProcess())
+    window = window_of([torch.randn(2, 3)])  # one that is a whole step may come again
+    for x in window:
+        for _ in range(2):
+            step(window, x, stock_step, OneProcess())
+    assert window.complete
+
+
 def test_a_window_that_is_not_iterated_over_is_counted():
     """A trainer may take the micro-batches out of the window before it trains on them."""
     torch.manual_seed(0)
