@@ -22,7 +22,7 @@ from distributed.loop_worker import (
     glue_by_trainer,
     reset,
 )
-from test_glue_data import snapshot
+from helpers import snapshot
 from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification

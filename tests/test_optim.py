@@ -576,3 +576,20 @@ def test_lazily_negated_tensors(name, lazy, which):
     wanted = run(torch.clone, torch.clone)
     torch.testing.assert_close(got, wanted, rtol=0, atol=1e-6)
     assert (wanted[0] - torch.linspace(-1, 1, 6)).abs().max() > 0.1  # a move the other way would be seen
+
+
+@pytest.mark.parametrize(
+    ("beta2", "first", "peak"), [(0.98, 0.71, 1.55), (0.999, 3.16, 6.57)], ids=["the default", "Transformers' own"]
+)
+def test_how_large_the_first_updates_are(beta2, first, peak):
+    """In units of the learning rate, along a gradient that stays the same: what README and docstring say of warm-up."""
+    p = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    optimizer = AdaSAM([p], lr=1.0, betas=(0.9, beta2), eps=1e-12)
+    sizes = []
+    for _ in range(60):
+        before = p.detach().clone()
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+        sizes.append((before - p.detach()).item())
+    assert sizes[0] == pytest.approx((1 - 0.9) / (1 - beta2) ** 0.5) == pytest.approx(first, abs=0.01)
+    assert max(sizes) == pytest.approx(peak, abs=0.01) and 10 <= sizes.index(max(sizes)) <= 14

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import InOrder, Plain, Sharp, flat, make_model, make_rows
+from helpers import RunsOutOfMemory
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
@@ -25,26 +26,6 @@ class SkipsBatches(InOrder):
         if self.calls % 3 == self.which:
             return torch.zeros((), dtype=torch.float64)
         return super().training_step(model, inputs, *args, **kwargs)
-
-
-class RunsOutOfMemory(InOrder):
-    """Catches what an accelerator without memory raises, as training scripts do, and goes on."""
-
-    calls = 0
-
-    def training_step(self, model, inputs, *args, **kwargs):
-        try:
-            return super().training_step(model, inputs, *args, **kwargs)
-        except RuntimeError as error:
-            if "out of memory" not in str(error):
-                raise
-            model.zero_grad()
-            return torch.zeros((), dtype=torch.float64)
-
-    def compute_loss(self, model, inputs, *args, **kwargs):
-        if torch.equal(inputs["input_ids"][0], make_rows()[8]["input_ids"]):  # the third micro-batch, in both passes
-            raise RuntimeError("CUDA out of memory")
-        return super().compute_loss(model, inputs, *args, **kwargs)
 
 
 def trained(build, mixin, base, **more):

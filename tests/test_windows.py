@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import InOrder, Plain, Sharp, flat, make_model, make_rows
+from helpers import RunsOutOfMemory
 from test_buffers import Moving
 from test_owners import LR, ByHand, windows
 from torch import nn
@@ -196,38 +197,16 @@ def test_copies_of_containers():
 # ---- an out-of-memory of the second pass ----
 
 
-class RunsOutInTheSecondPass(InOrder):
-    """Of the first micro-batch of the second step, and goes on as training scripts do."""
-
-    forward_passes = 0
-    clears = False
-
-    def training_step(self, model, inputs, *args, **kwargs):
-        try:
-            return super().training_step(model, inputs, *args, **kwargs)
-        except RuntimeError as error:
-            if "out of memory" not in str(error):
-                raise
-            if self.clears:
-                model.zero_grad()
-            return torch.zeros((), dtype=torch.float64)
-
-    def compute_loss(self, model, inputs, *args, **kwargs):
-        if torch.equal(inputs["input_ids"][0], make_rows()[8]["input_ids"]):
-            self.forward_passes += 1
-            if self.forward_passes == 2:
-                raise RuntimeError("CUDA out of memory")
-        return super().compute_loss(model, inputs, *args, **kwargs)
-
-
 @pytest.mark.parametrize("clears", [False, True])
 @pytest.mark.parametrize("flags", [{}, {"sam_parameters": "layer"}])
 @pytest.mark.compat("Steps that cannot be perturbed", "an out-of-memory in the second pass")
 def test_what_a_failing_second_pass_leaves_is_stock(build, clears, flags, caplog):
     """The micro-batch that fails is left out, as in stock; what has not had its second pass keeps its first."""
 
-    class Fails(RunsOutInTheSecondPass, AdaSAMTrainer):
-        pass
+    class Fails(RunsOutOfMemory, AdaSAMTrainer):
+        """In the second pass of the first micro-batch of the second step."""
+
+        failing = (2,)
 
     Fails.clears = clears
     rows = make_rows()
