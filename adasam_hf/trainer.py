@@ -16,6 +16,7 @@ from transformers.trainer_utils import TrainOutput
 from . import activity
 from .card import ModelCardMixin
 from .checkpoints import CompleteCheckpointsMixin
+from .internals import check_internals
 from .monitor import RadiusMonitor
 from .perturbation import Perturbation
 from .plan import base_radii
@@ -89,6 +90,7 @@ class SharpnessAwareTrainerMixin(ModelCardMixin, CompleteCheckpointsMixin, _Base
     - ``sam_applied``: the share of the perturbation that rounding preserved, if weights are float16 or bfloat16.
 
     Raises:
+        ImportError: if Transformers has lost a method that is extended here.
         TypeError: if `args` lacks the sharpness-aware arguments.
         NotImplementedError: before training, where no test shows the two-pass step to be right.
     """
@@ -101,6 +103,7 @@ class SharpnessAwareTrainerMixin(ModelCardMixin, CompleteCheckpointsMixin, _Base
     _default_arguments: type[SharpnessAwareArgumentsMixin] = AdaSAMTrainingArguments
 
     def __init__(self, *positional: Any, **named: Any) -> None:
+        check_internals()
         # The arguments are second in Transformers, and third in trl's DPOTrainer.
         given = inspect.signature(super().__init__).bind_partial(*positional, **named)
         args = given.arguments.get("args")

@@ -3,18 +3,17 @@
 import copy
 import json
 import statistics
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import make_model, make_rows
+from helpers import ROOT
 
 from adasam_hf.benchmarks import contenders, flatness, step, timing
 from adasam_hf.benchmarks.contenders import PEER_STEPS, Contender, for_loop_sam, through_trainer
 from adasam_hf.benchmarks.settings import BASE, FREEZES, PEERS, RHO
 from adasam_hf.cli import run_command
 
-ROOT = Path(__file__).parent.parent
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 

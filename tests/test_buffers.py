@@ -2,9 +2,8 @@ import pytest
 import torch
 from conftest import Plain, Sharp, flat, make_rows
 from distributed.cases import BatchNormed
+from helpers import Moving
 from torch import nn
-from torch.ao.quantization import FakeQuantize, MovingAverageMinMaxObserver
-from torch.nn.utils.parametrizations import spectral_norm
 
 from adasam_hf import buffers
 
@@ -58,41 +57,6 @@ def test_layers_without_statistics_are_left_alone():
 
 
 # ---- what a forward pass leaves behind moves once, and the second pass starts from where the first one did ----
-
-
-class Moving(nn.Module):
-    """A classifier of bags of words through one of several layers whose state moves with every forward pass."""
-
-    def __init__(self, kind):
-        super().__init__()
-        torch.manual_seed(0)
-        self.kind = kind
-        self.embed, self.layer, self.head = nn.Embedding(40, 8), nn.Linear(8, 8), nn.Linear(8, 3)
-        self.observe = nn.Identity()
-        if kind == "spectral norm":
-            self.layer = spectral_norm(self.layer)
-        if kind == "quantization observer":
-            self.observe = FakeQuantize(observer=MovingAverageMinMaxObserver, quant_min=0, quant_max=255)
-        self.register_buffer("centre", torch.zeros(8))
-        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
-        self.attribute = torch.zeros(8)
-        self.double()
-
-    def forward(self, input_ids, labels):
-        h = self.layer(self.observe(self.embed(input_ids).mean(1)))
-        if self.kind == "codebook":  # written through .data, as vector quantization does, which counts no version
-            self.centre.data.mul_(0.9).add_(h.detach().mean(0), alpha=0.1)
-            h = h - self.centre
-        if self.kind == "replaced buffer":
-            self.centre = 0.9 * self.centre + 0.1 * h.detach().mean(0)
-            h = h - self.centre
-        if self.kind == "counter":
-            self.calls += 1
-            h = h / self.calls
-        if self.kind == "attribute":
-            self.attribute = 0.9 * self.attribute + 0.1 * h.detach().mean(0)
-            h = h - self.attribute
-        return {"loss": nn.functional.cross_entropy(self.head(torch.relu(h)), labels)}
 
 
 KINDS = ["spectral norm", "quantization observer", "codebook", "replaced buffer", "counter", "attribute"]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import LR, Plain, Sharp, flat, make_model, make_rows
-from test_trainer import Fingerprint, causal_model, causal_rows
+from helpers import Fingerprint, causal_model, causal_rows
 from transformers import TrainerCallback
 
 from adasam_hf import AdaSAM, AdaSAMTrainingArguments

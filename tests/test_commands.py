@@ -8,13 +8,13 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from helpers import ROOT
 
 from adasam_hf import cli
 from adasam_hf.cli import COMMANDS, run_command
 from adasam_hf.console import sentence
 from adasam_hf.environment import environment
 
-ROOT = Path(__file__).parent.parent
 ROWS = "text,label\n" + "a warm film,good\nfar too long,bad\n" * 8
 SWEEP = {
     "output_dir": "{tmp}/found",

@@ -3,12 +3,11 @@
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from conftest import load_script
+from helpers import ROOT
 
-ROOT = Path(__file__).parent.parent
 compatibility = load_script("compatibility")
 
 

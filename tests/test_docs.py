@@ -10,19 +10,17 @@ import shlex
 import subprocess
 import sys
 from dataclasses import fields
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
-from helpers import snapshot
+from helpers import ROOT, snapshot
 from transformers import AutoModelForSequenceClassification, TrainingArguments
 
 import adasam_hf
 from adasam_hf.cli import COMMANDS, run_command
 from adasam_hf.glue.tasks import get_task
 
-ROOT = Path(__file__).parent.parent
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in sorted(
     [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])}  # fmt: skip
 

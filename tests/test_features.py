@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 from conftest import EPS, LR, SeedSteps, Sharp, flat, make_model, make_rows
+from helpers import causal_rows
 from oracle import Oracle
-from test_trainer import causal_rows
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import IterableDataset

@@ -7,7 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import SeedSteps, Sharp, flat, make_model, make_rows
-from test_step import OneProcess
+from helpers import OneProcess
 from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
 from transformers import BartConfig, BartForConditionalGeneration, LlamaConfig, LlamaForCausalLM

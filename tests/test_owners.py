@@ -1,72 +1,21 @@
 """The optimizer's groups own the parameters, at every step: loss weights, new groups, unfrozen and frozen layers."""
 
-import math
-
 import pytest
 import torch
 from conftest import InOrder, Sharp, flat, make_model, make_rows
+from helpers import LR, ByHand, windows
 from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainerCallback
 
 from adasam_hf import AdaSAM, AdaSAMTrainer
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-RHO, LR = 0.3, 1e-2
+RHO = 0.3
 SCOPES = pytest.mark.parametrize("scope", ["batch", "microbatch"])
 
 
 def bert():
     return make_model("bert", **NO_DROPOUT)
-
-
-class ByHand:
-    """SGD with SAM over windows of micro-batches; each step says which parameters may move, with their radii."""
-
-    def __init__(self, model, loss, extra=()):
-        self.model, self.loss = model.train(), loss
-        self.params = [*model.parameters(), *extra]
-
-    def gradients(self, rows, scale):
-        """Of those that need one now."""
-        active = [p for p in self.params if p.requires_grad]
-        ids, labels = (torch.stack([row[key] for row in rows]) for key in ("input_ids", "labels"))
-        found = torch.autograd.grad(self.loss(ids, labels) * scale, active, materialize_grads=True)
-        return dict(zip(active, found, strict=True))
-
-    def climbed(self, ascent, may_move):
-        """Moves the parameters along `ascent`, and returns what they were."""
-        norm = math.sqrt(sum(ascent[p].square().sum().item() for p in may_move if p in ascent))
-        clean = {p: p.detach().clone() for p in self.params}
-        with torch.no_grad():
-            for p, rho in may_move.items():
-                if p in ascent:
-                    p.add_(rho * ascent[p] / norm)
-        return clean
-
-    def step(self, window, scope, may_move, updated=None):
-        k, total = len(window), {}
-        for part in [window] if scope == "batch" else [[one] for one in window]:
-            ascent = self.sum(part, k)
-            clean = self.climbed(ascent, may_move)
-            for p, g in self.sum(part, k).items():
-                total[p] = total.get(p, 0) + g
-            with torch.no_grad():
-                for p, value in clean.items():
-                    p.copy_(value)
-        with torch.no_grad():
-            for p in self.params if updated is None else updated:
-                if p in total:
-                    p.sub_(LR * total[p])
-        return total
-
-    def sum(self, part, k):
-        found = [self.gradients(rows, 1 / k) for rows in part]
-        return {p: sum(one[p] for one in found) for p in found[0]}
-
-
-def windows(rows, k, batch=4):
-    micro = [rows[i : i + batch] for i in range(0, len(rows), batch)]
-    return [micro[i : i + k] for i in range(0, len(micro), k)]
 
 
 class Scaled(InOrder):

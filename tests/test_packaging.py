@@ -1,7 +1,6 @@
 """The wheel and the sdist, as `python -m build` makes them."""
 
 import ast
-import configparser
 import json
 import os
 import re
@@ -16,23 +15,16 @@ from pathlib import Path
 
 import pytest
 import yaml
+from helpers import ROOT, read_setup
 
 import adasam_hf
 from adasam_hf.console import EXTRAS
-
-ROOT = Path(__file__).parent.parent
 
 
 def test_names_are_those_that_are_loaded():
     assert set(adasam_hf.__all__) == {*adasam_hf._HOME, "__version__"}
     for name in adasam_hf.__all__:
         assert getattr(adasam_hf, name) is not None
-
-
-def read_setup() -> configparser.ConfigParser:
-    setup = configparser.ConfigParser()
-    setup.read(ROOT / "setup.cfg")
-    return setup
 
 
 def imported_by_node(node: ast.AST) -> set[str]:

@@ -6,13 +6,12 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import snapshot
+from helpers import ROOT, snapshot
 from safetensors.torch import load_file
 from transformers import BertForSequenceClassification, EvalPrediction, TrainerCallback
 
@@ -27,8 +26,6 @@ from adasam_hf.glue.run import main
 from adasam_hf.glue.sentences import write_sentences
 from adasam_hf.glue.tasks import TASKS, get_task
 from adasam_hf.sharpness import sam_gap
-
-ROOT = Path(__file__).parent.parent
 
 # ---- arguments ----
 

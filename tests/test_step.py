@@ -1,10 +1,9 @@
 """The two passes as a plain object, on models that no Trainer knows, against NumPy."""
 
-from contextlib import nullcontext
-
 import numpy as np
 import pytest
 import torch
+from helpers import OneProcess
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -15,19 +14,6 @@ from adasam_hf.step import StepSettings, TwoPassStep
 from adasam_hf.window import StepPlan, Window
 
 LR, RHO = 0.1, 0.3
-
-
-class OneProcess:
-    """In place of `Synchronization`."""
-
-    def of_ascent(self):
-        return nullcontext()
-
-    def of_descent(self, last):
-        return nullcontext()
-
-    def finish_ascent(self, parameters):
-        pass
 
 
 # ---- layouts: each makes a parameter of six elements, and says where in memory they lie ----

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from helpers import snapshot
+from helpers import ROOT, snapshot
 from transformers import BertForSequenceClassification
 
 from adasam_hf.cli import run_command
@@ -36,7 +36,6 @@ from adasam_hf.glue.sweep.run import comparable, parse_run
 from adasam_hf.glue.sweep.specification import Sweep
 from adasam_hf.glue.tasks import get_task
 
-ROOT = Path(__file__).parent.parent
 SWEEPS = sorted(path.relative_to(ROOT) for path in ROOT.glob("configs/sweeps/**/*.yaml"))
 TASKS = sorted(path.stem for path in ROOT.glob("configs/glue/*.yaml"))
 METHODS = sorted(path.stem for path in ROOT.glob("configs/optim/*.yaml"))

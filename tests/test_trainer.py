@@ -4,14 +4,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import BETAS, EPS, LR, Plain, SeedSteps, Sharp, flat, make_model, make_rows
+from helpers import Fingerprint, causal_model, causal_rows
 from oracle import Oracle
 from torch.nn.functional import cross_entropy
 from torch.utils.data import IterableDataset
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
-    LlamaConfig,
-    LlamaForCausalLM,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -199,16 +198,6 @@ def test_the_hand_written_loop_tells_faults_apart(fault):
 # ---- against the stock Trainer ----
 
 
-class Fingerprint(TrainerCallback):
-    """The random stream as it is after each step."""
-
-    def __init__(self):
-        self.states = []
-
-    def on_step_end(self, *args, **kwargs):
-        self.states.append(torch.get_rng_state())
-
-
 def compare_with_stock(build, stock, ours, exact=True):
     results = []
     for kind, kwargs in ((Plain, stock), (Sharp, {**stock, **ours})):
@@ -269,25 +258,6 @@ def test_fresh_masks_differ(build):
 
 
 # ---- the window ----
-
-
-def causal_rows():
-    """Sentences with unequal numbers of labels."""
-    generator = torch.Generator().manual_seed(2)
-    rows = []
-    for i in range(18):
-        ids = torch.randint(2, 40, (10,), generator=generator)
-        labels = ids.clone()
-        labels[: i % 7] = -100
-        rows.append({"input_ids": ids, "labels": labels})
-    return rows
-
-
-def causal_model():
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
-    ).double()
 
 
 @pytest.mark.parametrize(

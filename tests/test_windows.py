@@ -6,9 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import InOrder, Plain, Sharp, flat, make_model, make_rows
-from helpers import RunsOutOfMemory
-from test_buffers import Moving
-from test_owners import LR, ByHand, windows
+from helpers import LR, ByHand, Moving, RunsOutOfMemory, windows
 from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainerCallback
