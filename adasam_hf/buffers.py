@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .containers import own_attributes
+
 PLAIN = (bool, int, float, complex, str, type(None), np.generic)
 """Types of attributes that are state by themselves, such as counters and lengths."""
 _ABSENT = object()
@@ -47,7 +49,7 @@ class ModelState:
         self._slots: list[_Slot] = [
             _slot(holder, name, tensor, weights, known.get((id(holder), name))) for holder, name, tensor in tensors
         ]
-        self._plain = [(vars(module), _plain_attributes(module), set(vars(module))) for module in modules]
+        self._plain = [(module, _plain_attributes(module), set(vars(module))) for module in modules]
 
     @torch.no_grad()
     def restore(self, *, compare: bool = False) -> None:
@@ -56,7 +58,8 @@ class ModelState:
         Args:
             compare: write to no tensor that has them already, even if an accelerator must be waited for.
         """
-        for attributes, plain, names in self._plain:
+        for module, plain, names in self._plain:
+            attributes = vars(module)
             for name in [name for name in attributes if name not in names]:
                 if isinstance(attributes[name], (*PLAIN, tuple, Tensor)):
                     del attributes[name]
@@ -81,7 +84,7 @@ class ModelState:
             else slot._replace(tensor=slot.holder.get(slot.name))
             for slot in self._slots
         ]
-        now._plain = [(a, _plain_of(a), set(a)) for a, _, _ in self._plain]
+        now._plain = [(module, _plain_attributes(module), set(vars(module))) for module, _, _ in self._plain]
         self.restore()
         try:
             yield
@@ -90,7 +93,8 @@ class ModelState:
 
     def is_present(self) -> bool:
         """Whether everything is as it was at that instant, bit for bit."""
-        for attributes, plain, names in self._plain:
+        for module, plain, names in self._plain:
+            attributes = vars(module)
             if any(name not in names and isinstance(value, PLAIN) for name, value in attributes.items()):
                 return False
             if not all(_same_value(attributes.get(name, _ABSENT), value) for name, value in plain.items()):
@@ -118,12 +122,8 @@ def _tensors(modules: Iterable[nn.Module]) -> Iterator[tuple[dict[str, Any], str
                 yield vars(module), name, value
 
 
-def _plain_of(attributes: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in attributes.items() if isinstance(value, (*PLAIN, tuple))}
-
-
 def _plain_attributes(module: nn.Module) -> dict[str, Any]:
-    return _plain_of(vars(module))
+    return {name: value for name, value in own_attributes(module) if isinstance(value, (*PLAIN, tuple))}
 
 
 def _memory_of_parameters(modules: Iterable[nn.Module]) -> set[int]:

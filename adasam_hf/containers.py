@@ -43,3 +43,11 @@ def _begins_with_module(value: Any) -> bool:
 
 def _items(value: Mapping[Any, Any] | list[Any] | tuple[Any, ...]) -> Iterable[Any]:
     return value.values() if isinstance(value, Mapping) else value
+
+
+_OF_EVERY_MODULE = frozenset(vars(nn.Module())) - {"training"}
+
+
+def own_attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Attributes of `module` without torch's own, of which only ``training`` is state."""
+    return ((name, value) for name, value in vars(module).items() if name not in _OF_EVERY_MODULE)

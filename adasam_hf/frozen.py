@@ -20,6 +20,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from . import rng
 from .buffers import PLAIN, ModelState, same_bits
+from .containers import own_attributes
 
 _COMPARABLE = (*PLAIN, bytes, torch.dtype, torch.device)
 
@@ -207,6 +208,7 @@ class FrozenOutputs:
     numbers, strings and containers of them, and where it changes a container that it is given.
 
     Without gradients (`torch.no_grad`) only `whole` models are left out: those of which nothing is trainable.
+    `generators` are all that modules hold (`rng.generators_of`).
 
     Memory: the outputs, and inputs that are not outputs of others, from the first pass to the end of the second. A
     frozen transformer layer keeps batch · length · width numbers; one that is trained keeps over ten times as many for
@@ -217,9 +219,14 @@ class FrozenOutputs:
     """
 
     def __init__(
-        self, modules: Iterable[nn.Module] = (), trust: Trust | None = None, whole: Iterable[nn.Module] = ()
+        self,
+        modules: Iterable[nn.Module] = (),
+        trust: Trust | None = None,
+        whole: Iterable[nn.Module] = (),
+        generators: Iterable[rng.Generator] = (),
     ) -> None:
         self._modules = list(modules)
+        self._generators = list(generators)
         self._trust = trust or Trust()
         self._whole = set(whole)
         self._calls: dict[nn.Module, list[_Call | None]] = {}
@@ -267,15 +274,14 @@ class FrozenOutputs:
             self._calls[module].append(None)
             return forward(*args, **kwargs)
         modules = list(module.modules())
-        generators = rng.generators_of(modules)
-        state, random, parameters = ModelState(modules), rng.capture(generators), _parameters(module)
+        state, random, parameters = ModelState(modules), rng.capture(self._generators), _parameters(module)
         collections = _collections(modules)
         result = forward(*args, **kwargs)
         outputs, call = _Tree.of(result), None
         untouched = _is_as_it_was(inputs, _Tree.of(args, kwargs)) and collections == _collections(modules)
         if outputs is not None and untouched:
             afterwards = None if state.is_present() else ModelState(modules, like=state)
-            call = _Call(inputs, parameters, state, random, outputs, afterwards, rng.capture(generators))
+            call = _Call(inputs, parameters, state, random, outputs, afterwards, rng.capture(self._generators))
         self._calls[module].append(call)
         return result
 
@@ -300,12 +306,9 @@ def _collections(modules: Iterable[nn.Module]) -> list[tuple[int, ...]]:
     return [
         tuple(map(id, value.values() if isinstance(value, dict) else value))
         for module in modules
-        for name, value in vars(module).items()
-        if isinstance(value, (list, dict, set, deque)) and name not in _OF_EVERY_MODULE
+        for _, value in own_attributes(module)
+        if isinstance(value, (list, dict, set, deque))
     ]
-
-
-_OF_EVERY_MODULE = set(vars(nn.Module()))
 
 
 class _Instead:

@@ -7,11 +7,13 @@ and from NumPy; the model files of Transformers use all of them. A module may al
 import random
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from .containers import own_attributes
 
 Generator = torch.Generator | np.random.Generator | np.random.RandomState | random.Random
 
@@ -29,20 +31,26 @@ class RandomState(NamedTuple):
 
 def generators_of(modules: Iterable[nn.Module]) -> list[Generator]:
     """The generators that modules hold as attributes, by themselves or in a list, tuple or dict."""
-    return generators_in(value for module in modules for value in vars(module).values())
+    return generators_in(value for module in modules for _, value in own_attributes(module))
 
 
 def generators_in(values: Iterable[Any]) -> list[Generator]:
     """The generators among `values`, and those in a list, tuple or dict that begins with one."""
     found: dict[int, Generator] = {}
     for value in values:
-        inside = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
-        first = inside[0] if inside and isinstance(inside, (list, tuple)) else next(iter(inside), None)
-        if not isinstance(first, Generator):
-            inside = ()
-        items = (item for item in (value, *inside) if isinstance(item, Generator))
-        found |= {id(item): item for item in items if not isinstance(item, random.SystemRandom)}  # it has no state
+        inside = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,)
+        if inside and _is_generator(next(iter(inside))):
+            items = (item for item in inside if _is_generator(item))
+            found |= {id(item): item for item in items if not isinstance(item, random.SystemRandom)}  # it has no state
     return list(found.values())
+
+
+_KINDS = set(get_args(Generator))
+
+
+def _is_generator(value: Any) -> bool:
+    # (As `isinstance` would say, which calls Python code for `torch.Generator`, and this is asked of every attribute.)
+    return not _KINDS.isdisjoint(type(value).__mro__)
 
 
 def _state_of(generator: Generator) -> Any:
@@ -91,7 +99,7 @@ def _equal(a: Any, b: Any) -> bool:
     """Tuples and dictionaries of numbers, strings, arrays and tensors."""
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
-    if isinstance(a, (tuple, list)) and not all(isinstance(item, int) for item in a):
+    if isinstance(a, (tuple, list)) and a and not isinstance(a[0], int):  # Python's 625 numbers are compared at once
         return len(a) == len(b) and all(map(_equal, a, b))
     if isinstance(a, Tensor):
         return isinstance(b, Tensor) and torch.equal(a, b)

@@ -169,7 +169,7 @@ class TwoPassStep:
         self, window: Window, position: int, inputs: Any, ascent_step: StockStep, sync: Synchronization
     ) -> Tensor:
         """The stock step at w, on what the ascent sees and for the parameters that may move. Returns its loss."""
-        frozen = FrozenOutputs(window.frozen, self._trust, window.models)
+        frozen = FrozenOutputs(window.frozen, self._trust, window.models, window.generators)
         logits = LogitGradients(self._model) if self.settings.functional else None
         state = ModelState(window.modules, like=window.passes[-1].state if window.passes else None)
         one = Pass(copy_containers(inputs), rng.capture(window.generators), state, position, frozen, logits)

@@ -77,8 +77,8 @@ def two_calls(kind, between=lambda below, x: x, same_numbers=True, reuse=True):
     random.seed(0)
     below, x = Below(kind), X * (kind != "zeros")
     context = Context() if kind == "context" else None
-    outputs = FrozenOutputs([below] if reuse else [], trusted(below))
     generators = rng.generators_of(below.modules())
+    outputs = FrozenOutputs([below] if reuse else [], trusted(below), generators=generators)
     start, state = rng.capture(generators), ModelState(below.modules())
     with outputs.record():
         first = below(x, context)
