@@ -495,12 +495,14 @@ def test_a_sweep_with_a_name_of_its_own_has_its_page(tmp_path):
         for seed in (1, 2)
     ]
     radii = [record(sweep="radii", seed=seed, value=0.7 + seed * r, sam_rho=r) for seed in (1, 2) for r in (0.0, 0.1)]
-    put(tmp_path, [*runs, *made, *radii])
+    put(tmp_path, [*runs, *made, *without_gap(radii)])
     page = report(tmp_path)
     assert "## few" in page and "## radii" in page and "## Verdicts" not in page and "## Verdicts" not in page
     for name in ("few", "few_differences", "few_reliability", "few_loss", "radii_differences"):
         assert f"]({name}.png)" in page and (tmp_path / f"{name}.png").stat().st_size > 5000
     assert "radii_reliability" not in page  # none was recorded
+    _, gaps = page.split("`sam_gap` × 1000 at radius 0.05:\n")  # once: of the other sweep none was measured
+    assert gaps.startswith("\n|  | SST2 | average |\n| --- | --- | --- |\n| AMSGrad | 200.0 ± 0.0 [200.0, 200.0] |")
     gains = [2.0, 3.0, 1.0]
     half = stats.t.ppf(0.975, 2) * stats.sem(gains)
     p = stats.ttest_1samp(gains, 0).pvalue

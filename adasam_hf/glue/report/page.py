@@ -89,7 +89,7 @@ def paper_section(grid: Grid, title: str) -> dict[str, Any]:
         "single_metrics": single_metrics(grid),
         "differences": differences(grid, "adasam", "amsgrad") if both else "",
         "measured_at": measured_at(list(grid.runs.values())),
-        "gaps": table(grid, lambda r: 1000 * gap(r), 1),
+        "gaps": table(grid, thousandths, 1),
     }
 
 
@@ -121,6 +121,7 @@ def runs_section(grid: Grid, folder: Path) -> dict[str, Any]:
     rows = difference_rows(grid)
     header = ["", "task", "of", "difference", "pairs", "p", "Holm's p", "sight"]
     reliability = any(run["metrics"].get("eval_reliability") for run in grid.runs.values())
+    radius = measured_at(list(grid.runs.values()))
     if rows:
         plot_differences(rows, folder / f"{grid.sweep}_differences.png")
     plot_losses(grid, folder / f"{grid.sweep}_loss.png")
@@ -130,7 +131,7 @@ def runs_section(grid: Grid, folder: Path) -> dict[str, Any]:
         "sentences": [row.sentence for row in rows if row.pair == "AdaSAM – AMSGrad"],
         "tables": [
             (what, table(grid, value, digits))
-            for what, value, digits in QUANTITIES
+            for what, value, digits in (*QUANTITIES, (f"`sam_gap` × 1000 at radius {radius}", thousandths, 1))
             if any(not math.isnan(value(r)) for r in grid.runs.values())
         ],
         "differences": markdown(header, [row.cells for row in rows]) if rows else None,
@@ -146,6 +147,11 @@ def trials_table(trials: Sequence[Record], path: Path) -> str:
         cells = [spread({s: value(r) for s, r in seeds.items()}, digits) for _, value, digits in QUANTITIES]
         rows.append([task.upper(), name(method), Choice.label(dict(point)), str(len(seeds)), *cells])
     return markdown(["task", "method", "rate / radius", "seeds", *(what for what, *_ in QUANTITIES)], rows)
+
+
+def thousandths(run: Record) -> float:
+    """`sam_gap` of the final weights (lower is flatter), times 1000."""
+    return 1000 * gap(run)
 
 
 def measured_at(runs: Sequence[Record]) -> str:
