@@ -1,9 +1,8 @@
-"""β2 and ε: numbers whose defaults depend on the optimizer, and follow it until they are set.
+"""β2 and ε: numbers whose defaults depend on the optimizer and follow it until they are set.
 
-A default is recognized by its identity: `default_float(0.98)` is one object, an 0.98 of anybody else another. It is
-a plain float nevertheless. A subclass of float would do for us, but not for those who read it: it would pass into the
-groups of their optimizers and so into ``optimizer.pt``, which ``torch.load(weights_only=True)`` refuses with a class
-that it does not know, and YAML refuses it, too.
+A default is recognized by identity: `default_float(0.98)` is always the same object, and any other 0.98 is a number that
+somebody has set. It is a plain float. A subclass of float would end up in the parameter groups of optimizers, and with
+them in ``optimizer.pt``, where ``torch.load(weights_only=True)`` refuses classes that it does not know; so does YAML.
 """
 
 import argparse
@@ -18,7 +17,7 @@ from .reading import read_number
 
 logger = logging.get_logger(__name__)
 
-# Those of the paper's update; all other optimizers have those of Transformers.
+# Of the paper's update. All other optimizers have the defaults of Transformers.
 ADASAM_DEFAULTS = {"adam_beta2": 0.98, "adam_epsilon": 1e-6}
 
 _default_floats: dict[float, float] = {}
@@ -104,4 +103,4 @@ class AdamDefaultsMixin(_Base):
                         f"{name}={default!r}, the default of optim={self.optim}, replaces {value!r}, which "
                         "adam_defaults says was one; leave out adam_defaults to keep it"
                     )
-        self.adam_defaults = None  # from here on, the numbers know it themselves
+        self.adam_defaults = None  # from here on, identity tells

@@ -12,16 +12,16 @@ class LogitGradients:
 
         g = J(w + δ)ᵀ ∇_F L(w)        in the place of        J(w + δ)ᵀ ∇_F L(w + δ),
 
-    with the logits F(w) and their Jacobian J = ∂F/∂w. The logits are those outputs of `model` whose name has
-    ``logits`` in it (``logits``, ``start_logits``, …), and the gradient is what the stock step's backward pass brings
-    to them: scaled as that is, by accumulation, label smoothing or a gradient scaler. Parts of the loss that do not
-    come through the logits have their ordinary gradient at w + δ.
+    with the logits F(w) and their Jacobian J = ∂F/∂w. The logits are the outputs of `model` that have ``logits`` in
+    their names (``logits``, ``start_logits``, …). The gradient is the one that reaches them in the stock step's
+    backward pass, scaled as it is there by accumulation, label smoothing or a gradient scaler. Parts of the loss that
+    do not depend on the logits contribute their ordinary gradient at w + δ.
 
     Memory: the gradients, in the logits' dtype, from the first pass to the end of the second: batch · classes numbers
     for a micro-batch, batch · length · vocabulary for a language model.
 
     Args:
-        model: as its parameters are, out of wrappers.
+        model: the module itself, not a wrapper around it.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -79,7 +79,7 @@ class LogitGradients:
 
 
 def _logits_of(outputs: Any) -> list[Tensor]:
-    """Those that have a gradient. (A router's are no output, but decide how the others come about.)"""
+    """The logits that need a gradient. (A router's logits are not the model's answer, but decide how it is computed.)"""
     if hasattr(outputs, "_asdict"):  # a named tuple
         outputs = outputs._asdict()
     named = outputs if isinstance(outputs, Mapping) else getattr(outputs, "__dict__", {})

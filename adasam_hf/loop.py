@@ -11,7 +11,6 @@ from torch.optim import Optimizer
 
 from .directions import DIRECTIONS, DirectionName, innermost
 from .hyperparameters import check_radius
-from .metrics import SKIPPED, StepMetrics, loss_scale
 from .microbatch import LossFunction, MicroBatch
 from .monitor import RadiusMonitor
 from .optim import AdaSAM
@@ -21,6 +20,7 @@ from .reading import read_choice, read_pattern, read_truth_value
 from .refusals import Setup, refuse_unsupported
 from .schedule import Schedule
 from .step import StepSettings, TwoPassStep
+from .step_metrics import SKIPPED, StepMetrics, loss_scale
 from .synchronization import Synchronization, ascends_per_process
 from .training_args import Descent, Dropout, Scope
 from .window import StepPlan, Window

@@ -7,10 +7,10 @@ from torch.optim import Optimizer
 from transformers.utils import logging
 
 from .directions import DIRECTIONS, Direction, DirectionName, PreviousAscent, innermost
-from .metrics import FROZEN
 from .optim import AdaSAM
 from .parameters import choose_parameters, optimized
 from .schedule import PeakRates, Schedule
+from .step_metrics import FROZEN
 from .training_args import RADIUS_ZERO
 from .window import StepPlan
 

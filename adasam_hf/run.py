@@ -12,12 +12,12 @@ from . import counters
 from .description import describe, describe_reuse
 from .directions import innermost
 from .interfaces import SharpnessAwareTrainer
-from .metrics import SKIPPED, StepMetrics, loss_scale
 from .monitor import RadiusMonitor
 from .optim import AdaSAM
 from .plan import Planner
 from .rows import AscentRows, choose_rows, is_paired
 from .step import StepSettings, TwoPassStep
+from .step_metrics import SKIPPED, StepMetrics, loss_scale
 from .synchronization import Synchronization, ascends_per_process
 from .window import Window
 

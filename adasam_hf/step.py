@@ -16,9 +16,9 @@ from .containers import copy_containers, modules_in
 from .directions import PreviousAscent
 from .frozen import FrozenOutputs, Trust, frozen_modules
 from .functional import LogitGradients
-from .metrics import NO_GRADIENT, SKIPPED, StepMetrics
 from .parameters import add_gradients, gradients_only_for, optimized, reached, take_gradients
 from .perturbation import Perturbation
+from .step_metrics import NO_GRADIENT, SKIPPED, StepMetrics
 from .synchronization import Synchronization
 from .window import Pass, StepPlan, Window
 

@@ -15,8 +15,8 @@ from transformers import BartConfig, BartForConditionalGeneration, LlamaConfig, 
 from adasam_hf import AdaSAMSeq2SeqTrainer, SharpnessAwareLoop
 from adasam_hf.directions import Gradient
 from adasam_hf.functional import LogitGradients
-from adasam_hf.metrics import StepMetrics
 from adasam_hf.step import StepSettings, TwoPassStep
+from adasam_hf.step_metrics import StepMetrics
 from adasam_hf.window import StepPlan, Window
 
 RHO = 0.5

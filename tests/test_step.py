@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from adasam_hf.directions import Gradient
-from adasam_hf.metrics import StepMetrics
 from adasam_hf.step import StepSettings, TwoPassStep
+from adasam_hf.step_metrics import StepMetrics
 from adasam_hf.window import StepPlan, Window
 
 LR, RHO = 0.1, 0.3
