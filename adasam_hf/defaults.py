@@ -1,8 +1,9 @@
 """β2 and ε: numbers whose defaults depend on the optimizer and follow it until they are set.
 
-A default is recognized by identity: `default_float(0.98)` is always the same object, and any other 0.98 is a number that
-somebody has set. It is a plain float. A subclass of float would end up in the parameter groups of optimizers, and with
-them in ``optimizer.pt``, where ``torch.load(weights_only=True)`` refuses classes that it does not know; so does YAML.
+A default is recognized by identity: `default_float(0.98)` is always the same object, and any other 0.98 is a number
+that somebody has set. It is a plain float. A subclass of float would end up in the parameter groups of optimizers,
+and with them in ``optimizer.pt``, where ``torch.load(weights_only=True)`` refuses classes that it does not know; so
+does YAML.
 """
 
 import argparse

@@ -79,7 +79,7 @@ class LogitGradients:
 
 
 def _logits_of(outputs: Any) -> list[Tensor]:
-    """The logits that need a gradient. (A router's logits are not the model's answer, but decide how it is computed.)"""
+    """The logits that need a gradient. (A router's are not the model's answer, but decide how it is computed.)"""
     if hasattr(outputs, "_asdict"):  # a named tuple
         outputs = outputs._asdict()
     named = outputs if isinstance(outputs, Mapping) else getattr(outputs, "__dict__", {})
