@@ -3,6 +3,7 @@
 import copy
 import json
 import statistics
+import time
 
 import pytest
 import torch
@@ -52,6 +53,14 @@ def test_contenders_do_the_same_work():
     torch.testing.assert_close(found["AdaSAM"], sharp)
     torch.testing.assert_close(found["AMSGrad"], plain)
     assert not torch.allclose(sharp, plain, rtol=1e-3)
+
+
+def test_time_with_one_thread_is_that_of_the_processor(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    assert torch.get_num_threads() == 1 and timing.clock() == "CPU seconds"
+    assert timing.seconds(time.sleep, 0.2) < 0.1  # others may have the processor meanwhile
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert timing.clock() == "wall seconds" and timing.seconds(time.sleep, 0.2) >= 0.2
 
 
 def test_every_peer_has_its_step():

@@ -22,7 +22,8 @@ STEP_DESCRIPTION = """Measure what a step costs: AdaSAM in each mode and its pee
     adasam benchmark step --frozen half                      with the lower half of the layers frozen
 
 All contenders share one model and see the same batches of real sentences. They take turns on each batch; a ratio is
-the median over the batches of (time of the contender / time of AdamW on that batch), with its quartiles. Peak memory is
+the median over the batches of (time of the contender / time of AdamW on that batch), with its quartiles. Times are wall
+seconds; with OMP_NUM_THREADS=1 they are CPU seconds, so that other jobs on the machine do not count. Peak memory is
 that of a separate process. Writes results/benchmark_step/*.json, which the tables are made from.
 """
 FLATNESS_DESCRIPTION = """Measure what each mode keeps of AdaSAM: score, flatness and time, with equal data and seeds.

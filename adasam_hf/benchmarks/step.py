@@ -18,7 +18,7 @@ from ..glue.configs import PACKAGE
 from ..glue.record import provenance, write_json
 from .contenders import build, build_batches, build_model, freeze, through_trainer
 from .settings import BASE, FROZEN_MODES, MODES, PEERS, SIZES
-from .timing import MOVE, phases, ratios, take_turns
+from .timing import MOVE, clock, phases, ratios, take_turns
 
 
 def package_at(revision: str) -> ModuleType:
@@ -50,7 +50,7 @@ def against(args: argparse.Namespace) -> None:
     paired = [now / before for now, before in zip(times["AdaSAM"], times["before"], strict=True)]
     low, middle, high = statistics.quantiles(paired, n=4)
     record = {**provenance(), "model": args.model, "dtype": args.dtype, "batch_size": args.batch_size}
-    record |= {"against": args.against, "seconds": times, "ratios": ratios(times)}
+    record |= {"against": args.against, "clock": clock(), "seconds": times, "ratios": ratios(times)}
     record["now / before"] = {"ratio": middle, "low": low, "high": high}
     write_json(args.output_dir / f"against-{args.model}-{args.dtype}.json", record)
     print(f"{args.model}, {args.dtype}: now / {args.against}: {middle:.3f} (quartiles {low:.3f} to {high:.3f})")
@@ -94,6 +94,7 @@ def compare(args: argparse.Namespace) -> None:
         "parameters": sum(p.numel() for p in model.parameters()),
         "dtype": args.dtype,
         "batch_size": args.batch_size,
+        "clock": clock(),
         "seconds": times,
         "ratios": ratios(times),
         "phases": phases(model, args.dtype, batches),
@@ -118,6 +119,7 @@ def compare_frozen(args: argparse.Namespace) -> None:
         "trainable": trainable,
         "dtype": args.dtype,
         "batch_size": args.batch_size,
+        "clock": clock(),
         "seconds": times,
         "ratios": ratios(times),
     }
@@ -145,7 +147,8 @@ def scan(args: argparse.Namespace) -> None:
         print(rows[-1], flush=True)
         del model, times
         gc.collect()
-    write_json(args.output_dir / f"scan-{args.dtype}.json", {**provenance(), "dtype": args.dtype, "rows": rows})
+    record = {**provenance(), "dtype": args.dtype, "clock": clock(), "rows": rows}
+    write_json(args.output_dir / f"scan-{args.dtype}.json", record)
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.2), sharey=True)
     for axis, key, chosen in (
         (axes[0], "parameters", [r for r in rows if r["model"] != "minilm"]),
