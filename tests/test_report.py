@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import ROOT
 from matplotlib import pyplot
 from scipy import stats
 
@@ -654,3 +655,38 @@ def test_the_committed_report_is_that_of_its_records(tmp_path, monkeypatch, fold
     changed["metrics"]["eval_accuracy"] = 0.5
     path.write_text(json.dumps(changed))
     assert report(Path(folder)) != made
+
+
+def few_labels(method: str, metric: str) -> np.ndarray:
+    """The metric of the committed runs on SST-2, by seed."""
+    folder = ROOT / "results/evidence/records/few_labels"
+    runs = [json.loads((folder / f"sst2-{method}-{seed}.json").read_text()) for seed in range(1, 36)]
+    return np.array([run["metrics"][metric] for run in runs])
+
+
+@pytest.mark.parametrize(
+    ("metric", "scale", "digits"),
+    [
+        ("eval_accuracy", 100, 2),
+        ("eval_cross_entropy", 1, 3),
+        ("eval_calibration_error", 100, 2),
+        ("final_sam_gap", 1000, 1),
+    ],
+)
+def test_the_findings_are_those_of_the_records(metric, scale, digits):
+    differences = scale * (few_labels("adasam", metric) - few_labels("amsgrad", metric))
+    found = stats.ttest_1samp(differences, 0)
+    low, high = found.confidence_interval(0.95)
+    said = f"{differences.mean():+.{digits}f} ± {(high - low) / 2:.{digits}f}".replace("-", "−")
+    page = (ROOT / "docs/findings.md").read_text(encoding="utf-8")
+    (p,) = re.findall(rf"^\| [^|]+ \| {re.escape(said)} \| ([0-9.]+) \|$", page, re.MULTILINE)
+    assert float(f"{found.pvalue:.1g}") == float(p) if found.pvalue < 0.01 else f"{found.pvalue:.2f}" == p
+    assert metric != "final_sam_gap" or (max(differences) < 0 and "flatter in all 35 pairs" in page)
+
+
+def test_the_readme_has_the_means_of_the_records():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for metric, scale, digits in (("eval_accuracy", 100, 1), ("final_sam_gap", 1, 3)):
+        values = [scale * few_labels(method, metric) for method in ("amsgrad", "adasam")]
+        cells = " | ".join(f"{v.mean():.{digits}f} ± {v.std(ddof=1):.{digits}f}" for v in values)
+        assert f"| {cells} |" in readme
