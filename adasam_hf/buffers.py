@@ -5,6 +5,8 @@ and counters all move with every forward pass in training mode. A second pass mu
 from, and what it leaves behind must not count.
 """
 
+import copy
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -29,19 +31,52 @@ class _Slot(NamedTuple):
     values: Tensor | None  # None where only the reference is kept, as for a tensor inside an autograd graph
 
 
+class _Collection(NamedTuple):
+    """An attribute that is a list, dictionary, set or deque, and what was in it at one instant."""
+
+    attributes: dict[str, Any]
+    name: str
+    collection: Any
+    content: Any
+
+    def is_present(self) -> bool:
+        """Whether it is there, with the same things in it."""
+        if self.attributes.get(self.name) is not self.collection:
+            return False
+        now, before = _items(self.collection), _items(self.content)
+        return len(now) == len(before) and all(a is b for a, b in zip(now, before, strict=True))
+
+    def restore(self) -> None:
+        if not self.is_present():
+            self.attributes[self.name] = self.collection
+            self.collection.clear()
+            (self.collection.extend if isinstance(self.collection, (list, deque)) else self.collection.update)(
+                self.content
+            )
+
+
+def _items(collection: Any) -> list[Any]:
+    return [*collection, *collection.values()] if isinstance(collection, dict) else list(collection)
+
+
+COLLECTIONS = (list, dict, set, deque)
+_COPIED = {*COLLECTIONS, defaultdict, OrderedDict, Counter}
+
+
 class ModelState:
-    """Buffers of some modules at one instant, and their attributes that are tensors, tuples, numbers, strings or None.
+    """Buffers of some modules at one instant, and their attributes: tensors, numbers, strings, None, tuples, and the
+    things in lists, dictionaries, sets and deques.
 
     `restore` may be called any number of times. Tensors that share memory with parameters are put back as references
     alone, for it is not this that moves parameters; likewise views that repeat one number (`Tensor.expand`).
 
     Args:
-        modules: without those that are inside them.
+        modules: without those that are inside them. Attributes of other objects count as a module's do.
         like: an earlier state of the same modules, whose copies are shared where nothing has changed. (Only on the
             host; to compare, an accelerator would have to be waited for.)
     """
 
-    def __init__(self, modules: Iterable[nn.Module], like: "ModelState | None" = None) -> None:
+    def __init__(self, modules: Iterable[Any], like: "ModelState | None" = None) -> None:
         modules = list(modules)
         tensors = list(_tensors(modules))
         weights = _memory_of_parameters(modules) if tensors else set()
@@ -50,6 +85,7 @@ class ModelState:
             _slot(holder, name, tensor, weights, known.get((id(holder), name))) for holder, name, tensor in tensors
         ]
         self._plain = [(module, _plain_attributes(module), set(vars(module))) for module in modules]
+        self._collections = _collections(modules)
 
     @torch.no_grad()
     def restore(self, *, compare: bool = False) -> None:
@@ -61,11 +97,13 @@ class ModelState:
         for module, plain, names in self._plain:
             attributes = vars(module)
             for name in [name for name in attributes if name not in names]:
-                if isinstance(attributes[name], (*PLAIN, tuple, Tensor)):
+                if isinstance(attributes[name], (*PLAIN, tuple, Tensor, *COLLECTIONS)):
                     del attributes[name]
             for name, value in plain.items():
                 if attributes.get(name, _ABSENT) is not value:
                     attributes[name] = value
+        for collection in self._collections:
+            collection.restore()
         for slot in self._slots:
             if slot.holder.get(slot.name) is not slot.tensor:  # the pass has put another one there
                 slot.holder[slot.name] = slot.tensor
@@ -84,7 +122,9 @@ class ModelState:
             else slot._replace(tensor=slot.holder.get(slot.name))
             for slot in self._slots
         ]
-        now._plain = [(module, _plain_attributes(module), set(vars(module))) for module, _, _ in self._plain]
+        holders = [module for module, _, _ in self._plain]
+        now._plain = [(module, _plain_attributes(module), set(vars(module))) for module in holders]
+        now._collections = _collections(holders)
         self.restore()
         try:
             yield
@@ -99,6 +139,8 @@ class ModelState:
                 return False
             if not all(_same_value(attributes.get(name, _ABSENT), value) for name, value in plain.items()):
                 return False
+        if not all(collection.is_present() for collection in self._collections):
+            return False
         return all(
             slot.holder.get(slot.name) is slot.tensor
             and (slot.tensor is None or slot.values is None or same_bits(slot.tensor, slot.values))
@@ -110,11 +152,11 @@ def _same_value(now: Any, before: Any) -> bool:
     return now is before or (type(now) is type(before) and not isinstance(before, tuple) and bool(now == before))
 
 
-def _tensors(modules: Iterable[nn.Module]) -> Iterator[tuple[dict[str, Any], str, Tensor | None]]:
+def _tensors(modules: Iterable[Any]) -> Iterator[tuple[dict[str, Any], str, Tensor | None]]:
     for module in modules:
         # (A scripted module hands out its buffers, but nobody can put others there.)
         scripted = isinstance(module, torch.jit.ScriptModule)
-        buffers = dict(module.named_buffers(recurse=False)) if scripted else module._buffers
+        buffers = dict(module.named_buffers(recurse=False)) if scripted else getattr(module, "_buffers", {})
         for name, buffer in buffers.items():
             yield buffers, name, buffer
         for name, value in vars(module).items():
@@ -122,12 +164,21 @@ def _tensors(modules: Iterable[nn.Module]) -> Iterator[tuple[dict[str, Any], str
                 yield vars(module), name, value
 
 
-def _plain_attributes(module: nn.Module) -> dict[str, Any]:
+def _plain_attributes(module: Any) -> dict[str, Any]:
     return {name: value for name, value in own_attributes(module) if isinstance(value, (*PLAIN, tuple))}
 
 
-def _memory_of_parameters(modules: Iterable[nn.Module]) -> set[int]:
-    parameters = {p for module in modules for p in module._parameters.values() if p is not None}
+def _collections(holders: Iterable[Any]) -> list[_Collection]:
+    return [
+        _Collection(vars(holder), name, value, copy.copy(value))
+        for holder in holders
+        for name, value in own_attributes(holder)
+        if type(value) in _COPIED
+    ]
+
+
+def _memory_of_parameters(holders: Iterable[Any]) -> set[int]:
+    parameters = {p for holder in holders for p in getattr(holder, "_parameters", {}).values() if p is not None}
     return {p.untyped_storage().data_ptr() for p in parameters if type(p.data) is Tensor}
 
 

@@ -55,7 +55,7 @@ class ModelCardMixin(_Base):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """As in Transformers, with the optimizer and the ascent as they were used, and the paper to cite."""
         super().create_model_card(*args, **kwargs)
-        self._complete_card()
+        self._sam_complete_card()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -65,11 +65,11 @@ class ModelCardMixin(_Base):
             @functools.wraps(write)
             def create_model_card(self: ModelCardMixin, *args: Any, **kwargs: Any) -> None:
                 write(self, *args, **kwargs)
-                self._complete_card()
+                self._sam_complete_card()
 
             cls.create_model_card = create_model_card  # type: ignore[method-assign]
 
-    def _complete_card(self) -> None:
+    def _sam_complete_card(self) -> None:
         if self.is_world_process_zero() and self.optimizer is not None:  # nothing is known before training
             radii = base_radii(self.args, self.optimizer)
             complete(Path(self.args.output_dir, "README.md"), self.args, self.optimizer, max(radii, default=0.0))

@@ -2,7 +2,7 @@
 
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -72,10 +72,11 @@ class Momentum(Direction):
     """Where the last update went: w − ρ·m/‖m‖ with the optimizer's own first moment m (Momentum-SAM, arXiv:2401.12033).
 
     It needs no pass of its own, so a step costs what a plain one does; useful radii are many times those of SAM. Before
-    the first update there is no m, and the step is a plain one.
+    the first update, and after somebody has cleared the optimizer's state, there is no m, and the step is a plain one.
 
     Raises:
-        RuntimeError: where m has another shape than its parameter (GaLore, APOLLO) or is quantized.
+        RuntimeError: where m has another shape than its parameter (GaLore, APOLLO) or is quantized. (Where an update
+            has left no m at all, as that of SGD without momentum, the planner raises it.)
     """
 
     first_pass = False
@@ -113,8 +114,13 @@ class Preconditioned(Direction):
 
     def __init__(self, optimizer: Optimizer) -> None:
         super().__init__(optimizer)
-        self._updates = Updates(optimizer)
+        self._missing = False
+        call_after_updates(optimizer, self._look)
         self._groups: dict[Tensor, dict[str, Any]] = {}  # of the present ascent
+
+    def _look(self) -> None:
+        states = [self.optimizer.state.get(p, {}) for p in just_updated(self.optimizer)]
+        self._missing = bool(states) and all(state.get(key) is None for state in states for key in self.KEYS)
 
     def __call__(self, p: Tensor) -> Tensor | None:
         if p.grad is None:
@@ -122,7 +128,7 @@ class Preconditioned(Direction):
         state = self.optimizer.state.get(p, {})
         second: Tensor | None = next((state[key] for key in self.KEYS if state.get(key) is not None), None)
         if second is None:
-            if state or (self._updates.number and not self._any_second_moment()):
+            if state or self._missing:
                 self._refuse()
             return p.grad
         check_moment(second, p, self.optimizer, "second")
@@ -139,9 +145,6 @@ class Preconditioned(Direction):
     def ascended(self, params: Sequence[Tensor], norm: Tensor) -> None:
         """Look at the groups once more in the next one."""
         self._groups = {}
-
-    def _any_second_moment(self) -> bool:
-        return any(state.get(key) is not None for state in self.optimizer.state.values() for key in self.KEYS)
 
     def _refuse(self) -> None:
         owner = type(innermost(self.optimizer))
@@ -207,7 +210,8 @@ class Noise(Direction):
 
     def __init__(self, optimizer: Optimizer) -> None:
         super().__init__(optimizer)
-        self._updates = Updates(optimizer)
+        self._updates = 0
+        call_after_updates(optimizer, self._count)
         self._seed: int | None = None
         self._places: dict[Tensor, int] = {}
 
@@ -217,33 +221,38 @@ class Noise(Direction):
         if p not in self._places:
             params = (q for group in self.optimizer.param_groups for q in group["params"])
             self._places = {q: place for place, q in enumerate(params)}
-        words = np.random.SeedSequence((abs(self._seed), self._updates.number, self._places[p])).generate_state(1)
+        words = np.random.SeedSequence((abs(self._seed), self._updates, self._places[p])).generate_state(1)
         generator = torch.Generator(p.device).manual_seed(int(words[0]))
         dtype = torch.promote_types(p.dtype, torch.float32)
         return sharded_like(torch.randn(p.shape, generator=generator, dtype=dtype, device=p.device), p)
 
+    def _count(self) -> None:
+        self._updates += 1
+
     def state(self) -> dict[str, Any]:
-        return {"seed": self._seed, "updates": self._updates.number}
+        return {"seed": self._seed, "updates": self._updates}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self._seed, self._updates.number = state["seed"], state["updates"]
+        self._seed, self._updates = state["seed"], state["updates"]
 
 
-class Updates:
-    """How many updates an optimizer has made since this was made."""
+def call_after_updates(optimizer: Optimizer, method: Callable[[], None]) -> None:
+    """Call a bound `method` after each update of `optimizer`, while its object lives."""
+    reference = weakref.WeakMethod(method)
 
-    def __init__(self, optimizer: Optimizer) -> None:
-        self.number = 0
-        this = weakref.ref(self)
+    def on_step(*_: Any) -> None:
+        if (alive := reference()) is not None:
+            alive()
 
-        def on_step(*_: Any) -> None:
-            updates = this()
-            if updates is not None:
-                updates.number += 1
+    inner = innermost(optimizer)
+    if isinstance(inner, Optimizer):
+        owner = method.__self__  # type: ignore[attr-defined]  # of a bound method
+        weakref.finalize(owner, inner.register_step_post_hook(on_step).remove)
 
-        inner = innermost(optimizer)
-        if isinstance(inner, Optimizer):
-            weakref.finalize(self, inner.register_step_post_hook(on_step).remove)
+
+def just_updated(optimizer: Optimizer) -> list[Tensor]:
+    """Right after an update: its parameters that had a gradient."""
+    return [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
 
 
 def _wide(t: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ and buffers computes the same outputs, so that its second forward pass can be le
 cost alone: with the lower half of an encoder frozen, a step costs about 1.8 plain steps instead of 2.
 """
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import MethodType
@@ -20,7 +19,6 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from . import rng
 from .buffers import PLAIN, ModelState, same_bits
-from .containers import own_attributes
 
 _COMPARABLE = (*PLAIN, bytes, torch.dtype, torch.device)
 
@@ -275,10 +273,9 @@ class FrozenOutputs:
             return forward(*args, **kwargs)
         modules = list(module.modules())
         state, random, parameters = ModelState(modules), rng.capture(self._generators), _parameters(module)
-        collections = _collections(modules)
         result = forward(*args, **kwargs)
         outputs, call = _Tree.of(result), None
-        untouched = _is_as_it_was(inputs, _Tree.of(args, kwargs)) and collections == _collections(modules)
+        untouched = _is_as_it_was(inputs, _Tree.of(args, kwargs))
         if outputs is not None and untouched:
             afterwards = None if state.is_present() else ModelState(modules, like=state)
             call = _Call(inputs, parameters, state, random, outputs, afterwards, rng.capture(self._generators))
@@ -299,16 +296,6 @@ def _is_as_it_was(before: _Tree, now: _Tree | None) -> bool:
     if now is None or now.structure != before.structure or now.versions != before.versions:
         return False
     return all(a is b for a, b in zip(before.leaves, now.leaves, strict=True))
-
-
-def _collections(modules: Iterable[nn.Module]) -> list[tuple[int, ...]]:
-    """What is in the lists, dictionaries and sets that modules keep as attributes."""
-    return [
-        tuple(map(id, value.values() if isinstance(value, dict) else value))
-        for module in modules
-        for _, value in own_attributes(module)
-        if isinstance(value, (list, dict, set, deque))
-    ]
 
 
 class _Instead:

@@ -1,5 +1,7 @@
 """The methods of Transformers' `Trainer` that the step extends: without one of them it would silently not be called."""
 
+import inspect
+
 import transformers
 from transformers import Trainer
 
@@ -37,3 +39,13 @@ def check_internals(trainer_class: type = Trainer, version: str = transformers._
             f"transformers {version} has no {' and no '.join(f'Trainer.{name}' for name in missing)}, on which the "
             f"sharpness-aware step depends; install transformers=={NEWEST_TESTED}, the last version known to work"
         )
+
+
+def show_signatures(*mixins: type) -> None:
+    """Let those methods of `mixins` that extend the Trainer's show its signatures: scripts look at them, to see which
+    arguments a method takes."""
+    for mixin in mixins:
+        for name in EXTENDED:
+            function, stock = vars(mixin).get(name), getattr(Trainer, name, None)
+            if inspect.isfunction(function) and stock is not None:
+                function.__signature__ = inspect.signature(stock)  # type: ignore[attr-defined]

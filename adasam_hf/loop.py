@@ -122,7 +122,6 @@ class SharpnessAwareLoop:
         self._plan: StepPlan | None = None  # of the optimizer step that has begun
         self._open: _OpenWindow | None = None  # its micro-batches, if they are to have a second pass together
         self._closed: _OpenWindow | None = None  # those of the step before, until an update has taken their gradients
-        self._updated = False  # whether there has been an update
         self._optimizer.register_step_pre_hook(lambda *_: self._before_update())
         self._optimizer.register_step_post_hook(lambda *_: self._after_update())
 
@@ -246,7 +245,7 @@ class SharpnessAwareLoop:
         if self._open is not None and self._open.given_up:
             self._open = self._plan = None
         if self._plan is None or len(self._plan.radii) != len(self._optimizer.param_groups):
-            self._plan = self._planner.plan(0, 1, self._updated)  # any step of any number, as there is no schedule
+            self._plan = self._planner.plan(0, 1)  # any step of any number, as there is no schedule
         if not (self._plan.ascends and self._settings.sam_scope == "batch"):
             self._note_planned(self._plan)
             return Window([micro_batch], self._plan)
@@ -292,7 +291,6 @@ class SharpnessAwareLoop:
                 )
 
     def _after_update(self) -> None:
-        self._updated = True
         self._closed = None
 
     # ---- numbers ----

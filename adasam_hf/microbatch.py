@@ -2,7 +2,7 @@
 
 import dis
 import zlib
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 from types import CodeType
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .containers import copy_containers
+from .containers import copy_containers, leaves
 
 LossFunction = Callable[..., Tensor]
 
@@ -56,7 +56,7 @@ class MicroBatch:
 
     def items(self) -> Iterator[tuple[str, Tensor]]:
         """The tensors among the inputs, with a name for each."""
-        return ((name, leaf) for name, leaf in _leaves("", self._inputs) if isinstance(leaf, Tensor))
+        return ((name, leaf) for name, leaf in leaves("", self._inputs) if isinstance(leaf, Tensor))
 
     def note(self, clean_loss: Tensor) -> None:
         """The first pass has been taken: note its loss, and what it depended on, for `changes`."""
@@ -72,16 +72,17 @@ class MicroBatch:
         return rebound + written
 
     def _contents(self) -> dict[str, tuple[int, int]]:
-        return {name: _content(value) for name, value in _leaves("", self._inputs)}
+        arrays = (Tensor, np.ndarray)
+        return {name: _content(value) for name, value in leaves("", self._inputs) if isinstance(value, arrays)}
 
 
 def _content(value: Tensor | NDArray[Any]) -> tuple[int, int]:
-    """How often a tensor has been written to and, of what lies on the host, a checksum.
+    """How often a tensor has been written to and, of numbers that lie on the host, a checksum.
 
     A loader that fills one NumPy buffer again and again changes the tensor over it, and counts nothing.
     """
     if isinstance(value, np.ndarray):
-        return 0, zlib.crc32(np.ascontiguousarray(value).tobytes())
+        return 0, 0 if value.dtype == object else zlib.crc32(np.ascontiguousarray(value).tobytes())
     version = 0 if value.is_inference() else value._version
     if type(value) is not Tensor or not value.is_cpu or value.layout is not torch.strided:
         return version, 0
@@ -107,21 +108,24 @@ def outer_variables(function: Callable[..., object]) -> dict[str, Any]:
     return found
 
 
+def within_reach(function: Any) -> list[Any]:
+    """What a function holds on to by itself: variables around it, defaults, arguments of a `partial`, its object and
+    that one's attributes."""
+    found = [*outer_variables(function).values(), *getattr(function, "__dict__", {}).values()]
+    while isinstance(function, partial):
+        found += [*function.args, *function.keywords.values()]
+        function = function.func
+    holder = getattr(function, "__self__", None)
+    if holder is not None:
+        found += [holder, *getattr(holder, "__dict__", {}).values()]
+    function = getattr(function, "__func__", function)
+    defaults = getattr(function, "__defaults__", None) or ()
+    return [*found, *defaults, *(getattr(function, "__kwdefaults__", None) or {}).values()]
+
+
 @lru_cache(maxsize=256)
 def _globals_of(code: CodeType) -> frozenset[str]:
     # `co_names` would not do: it has the names of attributes, too, and `.loss` is not the variable `loss`.
     names = {step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL"}
     inner = (const for const in code.co_consts if isinstance(const, CodeType))
     return frozenset(names).union(*(_globals_of(one) for one in inner))
-
-
-def _leaves(name: str, value: Any) -> Iterator[tuple[str, Tensor | NDArray[Any]]]:
-    """Tensors and arrays of numbers in `value`, with a name for each."""
-    if isinstance(value, Tensor) or (isinstance(value, np.ndarray) and value.dtype != object):
-        yield name, value
-    elif isinstance(value, MutableMapping):
-        for key, item in value.items():
-            yield from _leaves(f"{name}[{key!r}]", item)
-    elif isinstance(value, (list, tuple)):
-        for i, item in enumerate(value):
-            yield from _leaves(f"{name}[{i}]", item)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
 from . import activity
@@ -150,8 +151,7 @@ class Perturbation:
         self._note_ascent()
         if moving:
             activity.record_ascent()
-        # An enclosing autocast region would go on using its half-precision casts of the old weights.
-        torch.clear_autocast_cache()
+        _forget_computed_weights()
         return norm
 
     @torch.no_grad()
@@ -162,7 +162,7 @@ class Perturbation:
         moving, saved = self._saved
         copy_all(moving, saved)
         self._saved = None
-        torch.clear_autocast_cache()
+        _forget_computed_weights()
         self.forget_spent_gradients()
         largest = max((p for p in self.moved if p.grad is not None), key=Tensor.numel, default=None)
         if largest is not None and self._step_hook is not None:  # without, nobody says when they have been used
@@ -299,3 +299,10 @@ def _applied(parts: Mapping[float, tuple[list[CopiedRow], list[CopiedRow]]], sig
             wanted = wanted + delta.square().sum().to(norm.device)
     share = moved / wanted
     return torch.where(torch.isfinite(share), share, 1.0)  # nothing was to move, so nothing was lost
+
+
+def _forget_computed_weights() -> None:
+    """What enclosing regions would go on using: autocast's casts of the weights that were, and their parametrizations
+    under `parametrize.cached`."""
+    torch.clear_autocast_cache()
+    parametrize._cache.clear()

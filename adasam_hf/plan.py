@@ -6,7 +6,15 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers.utils import logging
 
-from .directions import DIRECTIONS, Direction, DirectionName, PreviousAscent, innermost
+from .directions import (
+    DIRECTIONS,
+    Direction,
+    DirectionName,
+    PreviousAscent,
+    call_after_updates,
+    innermost,
+    just_updated,
+)
 from .optim import AdaSAM
 from .parameters import choose_parameters, optimized
 from .schedule import PeakRates, Schedule
@@ -70,6 +78,14 @@ class Planner:
             adasam.warn_without_ascent = False  # here that is reported with its reasons
         self._peak_rates = PeakRates()
         self._first_ascent: int | None = None  # the step of the first one of this training
+        self._without_vectors = False
+        call_after_updates(optimizer, self._look)
+
+    def _look(self) -> None:
+        """After an update: whether it has left nothing to go along, for a direction that needs no first pass."""
+        direction = self.own_direction
+        found = direction.first_pass or not just_updated(self._optimizer) or self._has_vectors(direction)
+        self._without_vectors = not found
 
     @property
     def own_direction(self) -> Direction:
@@ -91,10 +107,13 @@ class Planner:
         """Write the radii of the arguments into an `AdaSAM` that was given, or loaded, with others."""
         adasam = innermost(self._optimizer)
         if isinstance(adasam, AdaSAM):
+            replaced: dict[tuple[float, float], None] = {}  # in the groups' order
             for group, rho in zip(adasam.param_groups, self.radii, strict=True):
                 if group["rho"] != rho:
-                    logger.warning(f"sam_rho={rho} replaces the radius {group['rho']} of the optimizer or checkpoint")
+                    replaced[rho, group["rho"]] = None
                 group["rho"] = rho
+            for rho, other in replaced:
+                logger.warning(f"sam_rho={rho} replaces the radius {other} of the optimizer or checkpoint")
 
     def chosen(self) -> list[nn.Parameter] | None:
         """Those of the optimizer's parameters that may move now, or None for all.
@@ -105,8 +124,8 @@ class Planner:
         named = choose_parameters(self._model, self.args.sam_parameters, optimized(self._optimizer))
         return None if named is None else [p for p in named if p.requires_grad]
 
-    def plan(self, step: int, total: int, updated: bool) -> StepPlan:
-        """Of the optimizer step `step` of `total`; `updated`: whether there has been an update before it."""
+    def plan(self, step: int, total: int) -> StepPlan:
+        """Of the optimizer step `step` of `total`."""
         radii = self.radii
         plain = StepPlan([0.0] * len(radii))
         if not any(radii):
@@ -127,7 +146,7 @@ class Planner:
         else:
             return plain
         if direction is self.own_direction and not direction.first_pass and not self._has_vectors(direction):
-            if updated:
+            if self._without_vectors:
                 raise RuntimeError(
                     f"sam_direction={self.args.resolved_direction!r}: after an update the optimizer has no first "
                     "moment; choose one that has (adasam, adamw_torch, sam with sgd_momentum above 0), or "

@@ -11,6 +11,7 @@ from transformers import Trainer
 from transformers.utils import logging
 
 from .interfaces import SharpnessAwareTrainer
+from .microbatch import outer_variables
 from .synchronization import ascends_per_process
 from .training_args import SharpnessAwareArgumentsMixin
 
@@ -172,23 +173,28 @@ def refuse_overrides(kind: type[Trainer], mixin: type, args: SharpnessAwareArgum
     Raises:
         NotImplementedError: naming the class, the method and the remedy.
     """
-    for cls in kind.__mro__[: kind.__mro__.index(mixin)]:
-        functions = {name: inspect.unwrap(f) for name, f in vars(cls).items() if inspect.isfunction(inspect.unwrap(f))}
-        names = [_names(f.__code__) for f in functions.values()]
-        ways_up = {"super", *(base.__name__ for base in cls.__mro__[1:])}
+    place = kind.__mro__.index(mixin)
+    for cls in kind.__mro__[:place]:
         for name, remedy in _SEAMS.items():
-            if name in functions and not any(name in called and called & ways_up for called in names):  # or a helper
+            if name in vars(cls) and not _goes_on(cls, name, mixin):
                 raise NotImplementedError(
                     f"{cls.__module__}.{cls.__qualname__} overrides {name} without super().{name}(...), so no step "
                     f"would be perturbed correctly; call it there, {remedy}, or set sam_rho=0"
                 )
         window = args.gradient_accumulation_steps > 1 and args.sam_scope == "batch"
-        if window and "training_step" in vars(cls) and cls.__module__.partition(".")[0] not in _KNOWN:
+        if window and "training_step" in vars(cls) and not _is_known(cls):
             logger.warning(
                 f"{cls.__module__}.{cls.__qualname__} overrides training_step: with gradient_accumulation_steps="
                 f"{args.gradient_accumulation_steps} all second passes are taken inside the call for the last "
                 "micro-batch. If it stores something for each micro-batch that compute_loss reads, all of them see "
                 "that of the last one; in that case set sam_scope='microbatch'"
+            )
+    for cls in kind.__mro__[place + 1 : kind.__mro__.index(Trainer)]:
+        if "training_step" in vars(cls) and (not _is_known(cls) or cls.__module__.startswith("trl.experimental")):
+            logger.warning_once(
+                f"{cls.__module__}.{cls.__qualname__} overrides training_step behind {mixin.__name__}, so both passes "
+                "run it: what it does besides the loss happens twice, the second time at the perturbed weights. If it "
+                "generates data, counts, or averages weights there, derive the class from AdaSAMTrainer instead"
             )
     if kind._prepare_inputs is not Trainer._prepare_inputs:
         # As in trl's GRPOTrainer, which makes new completions there: the second pass would see other data.
@@ -196,6 +202,33 @@ def refuse_overrides(kind: type[Trainer], mixin: type, args: SharpnessAwareArgum
             f"{kind.__module__}.{kind.__qualname__} overrides _prepare_inputs, which would run in both passes, the "
             "second time at the perturbed weights; set sam_rho=0"
         )
+
+
+def _is_known(cls: type) -> bool:
+    return cls.__module__.partition(".")[0] in _KNOWN
+
+
+def _goes_on(cls: type, name: str, mixin: type) -> bool:
+    """Whether the override of `name` in `cls` comes to the next one, as far as its code tells; a helper may do it."""
+    functions = [f for f in vars(cls).values() if inspect.isfunction(inspect.unwrap(f))]
+    ways_up = {"super", *(base.__name__ for base in cls.__mro__[1:])}
+    called = [_names(inspect.unwrap(f).__code__) for f in functions]
+    return any(name in names and names & ways_up for names in called) or _leads_to(vars(cls)[name], name, cls, mixin)
+
+
+def _leads_to(function: Any, name: str, cls: type, mixin: type, depth: int = 3) -> bool:
+    """Whether what somebody has put in the place of a method refers to the one that was there, or to that of a base."""
+    if function is vars(mixin).get(name):
+        return True
+    if not inspect.isfunction(function) or not depth:
+        return False
+    around = [*outer_variables(function).values(), getattr(function, "__wrapped__", None)]
+    if name in _names(function.__code__) and any(one in cls.__mro__[1:] for one in around if inspect.isclass(one)):
+        return True
+    ours = any(
+        one is getattr(base, name, None) for base in cls.__mro__[1:] for one in around if inspect.isfunction(one)
+    )
+    return ours or any(_leads_to(one, name, cls, mixin, depth - 1) for one in around if one is not function)
 
 
 def _names(code: CodeType) -> set[str]:

@@ -2,7 +2,8 @@
 
 import heapq
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,12 +26,41 @@ class AscentRows:
         rows: rows that the ascent looks at; pairs of rows where they are paired, sequences where they are packed.
         total: rows, pairs or sequences of the window.
         share: rows / total; of packed rows the share of their tokens.
+        units: which rows, pairs or sequences of each micro-batch these are, and of how many.
+        paired: as in `choose_rows`.
     """
 
     batches: list[Any | None]
     rows: int
     total: int
     share: float
+    units: list[tuple[list[int], int]]
+    paired: bool
+
+    def take(self, index: int, batch: Any) -> Any | None:
+        """The same rows of `batch`, to which a trainer has changed the micro-batch at `index`.
+
+        Raises:
+            NotImplementedError: if it has another number of rows, or is not known to be by row.
+        """
+        units, count = self.units[index]
+        with _refusing(f"takes {len(units)} of {count} rows of a batch"):
+            (part,) = _parts([batch], self.paired)
+            if len(part.weights) != count:
+                raise NotUnderstood(f"the trainer has made {len(part.weights)} of them")
+            return _take(batch, part, units)
+
+
+@contextmanager
+def _refusing(what: str) -> Iterator[None]:
+    try:
+        yield
+    except NotUnderstood as error:
+        raise NotImplementedError(f"sam_ascent_fraction {what}, but {error}; use sam_ascent_fraction=1") from None
+
+
+def _take(batch: Any, part: "Rows | PackedSequences", units: list[int]) -> Any | None:
+    return None if not units else batch if len(units) == len(part.weights) else part.take(units)
 
 
 def choose_rows(batches: Sequence[Any], fraction: float, minimum: int = 2, *, paired: bool = False) -> AscentRows:
@@ -72,22 +102,16 @@ def choose_rows(batches: Sequence[Any], fraction: float, minimum: int = 2, *, pa
         raise ValueError(f"sam_ascent_fraction={fraction!r} must be above 0 and at most 1; 1 is the whole batch")
     if minimum < 1:
         raise ValueError(f"minimum={minimum!r} must be at least 1 row; 2 suits batch statistics and in-batch negatives")
-    try:
+    with _refusing(f"{fraction!r} takes some of a batch's rows"):
         parts = _parts(batches, paired)
         chosen = _choose(parts, fraction, minimum)
-        reduced = [
-            None if not units else batch if len(units) == len(part.weights) else part.take(units)
-            for batch, part, units in zip(batches, parts, chosen, strict=True)
-        ]
-    except NotUnderstood as error:
-        raise NotImplementedError(
-            f"sam_ascent_fraction={fraction!r} takes some of a batch's rows, but {error}; use sam_ascent_fraction=1"
-        ) from None
-    total = sum(len(part.weights) for part in parts)
+        reduced = [_take(*one) for one in zip(batches, parts, chosen, strict=True)]
+    units = [(some, len(part.weights)) for some, part in zip(chosen, parts, strict=True)]
+    total = sum(count for _, count in units)
     if not total:
-        return AscentRows(list(batches), 0, 0, 1.0)
+        return AscentRows(list(batches), 0, 0, 1.0, units, paired)
     share = _weight(parts, chosen) / sum(sum(part.weights) for part in parts)
-    return AscentRows(reduced, sum(map(len, chosen)), total, share)
+    return AscentRows(reduced, sum(map(len, chosen)), total, share, units, paired)
 
 
 def is_paired(trainer: Any) -> bool:

@@ -3,15 +3,18 @@
 import math
 from collections.abc import Callable
 from functools import partial
+from types import FunctionType, MethodType
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import Trainer
 from transformers.utils import logging
 
 from . import counters
 from .description import describe, describe_reuse
 from .directions import innermost
 from .interfaces import SharpnessAwareTrainer
+from .microbatch import within_reach
 from .monitor import RadiusMonitor
 from .optim import AdaSAM
 from .plan import Planner
@@ -56,7 +59,8 @@ class SharpnessAwareRun:
             self._settings(trainer),
             metrics=metrics,
             around_descent=partial(counters.unchanged, trainer),
-            beside=lambda: [*vars(trainer).values(), *getattr(trainer.compute_loss_func, "__dict__", {}).values()],
+            beside=lambda: [*vars(trainer).values(), *(v for f in _loss_functions(trainer) for v in within_reach(f))],
+            holders=[trainer, *_objects_of(trainer.compute_loss_func)],
             loss_scale=partial(loss_scale, trainer.accelerator),
             owner=f"{type(trainer).__qualname__}.training_step",
         )
@@ -123,10 +127,8 @@ class SharpnessAwareRun:
 
     def _plan(self, trainer: SharpnessAwareTrainer, window: Window) -> None:
         """Look at the optimizer's groups, the schedule and the rows; once more when the step really begins."""
-        updated = trainer.state.global_step > (self._first_step or 0)
-        updated = updated and not trainer.accelerator.optimizer_step_was_skipped
         known = window.plan.perturbs or window.plan.obstacle is not None
-        window.plan = plan = self.planner.plan(trainer.state.global_step, trainer.state.max_steps, updated)
+        window.plan = plan = self.planner.plan(trainer.state.global_step, trainer.state.max_steps)
         if plan.obstacle is not None:
             self.metrics.reasons.add(plan.obstacle)
         elif plan.ascends and window.ascent_inputs is None and self.args.resolved_ascent_fraction < 1:
@@ -143,7 +145,9 @@ class SharpnessAwareRun:
         parts = [[one] for one in reversed(window)] if apart else [list(reversed(window))]
         chosen = [self._rows_of(trainer, part) for part in parts]
         batches = [batch for part in chosen for batch in part.batches]
+        cuts = [partial(part.take, i) for part in chosen for i in range(len(part.batches))]
         window.ascent_inputs = dict(zip(range(len(window)), reversed(batches), strict=True))
+        window.ascent_cuts = dict(zip(range(len(window)), reversed(cuts), strict=True))
         window.ascent_share = sum(part.share * part.total for part in chosen) / sum(part.total for part in chosen)
         seen = [batch for batch in window.ascent_inputs.values() if batch is not None]
         window.ascent_items = trainer._get_num_items_in_batch(seen, trainer.args.device)
@@ -186,9 +190,14 @@ class SharpnessAwareRun:
         self._finish = partial(self.step.finish, window, stock_step, sync)
         ascent = None
         if window.ascent_inputs is not None:
-            micro_batches = sum(batch is not None for batch in window.ascent_inputs.values())
-            if not window.iterating:
-                (window.ascent_inputs[window.position_of(inputs)],) = self._rows_of(trainer, [inputs]).batches
+            micro_batches, position = (
+                sum(b is not None for b in window.ascent_inputs.values()),
+                window.position_of(inputs),
+            )
+            if window.iterating:
+                window.ascent_inputs[position] = window.ascent_cuts[position](inputs)
+            else:
+                (window.ascent_inputs[position],) = self._rows_of(trainer, [inputs]).batches
                 micro_batches = window.size
             ascent = partial(ascent_step, window.ascent_items, micro_batches)
         loss = self.step(window, inputs, stock_step, sync, ascent)
@@ -283,3 +292,17 @@ class SharpnessAwareRun:
             chosen = self.planner.chosen()
             what = (args, trainer.accelerator, trainer.model, trainer.optimizer, radii, chosen, window.ascent_share)
             logger.warning_advice(describe(*what))
+
+
+def _loss_functions(trainer: SharpnessAwareTrainer) -> list[Any]:
+    """Those that compute its loss, by whoever wrote them."""
+    method = getattr(type(trainer), "compute_loss", None)
+    return [f for f in (trainer.compute_loss_func, method) if f is not None and f is not Trainer.compute_loss]
+
+
+def _objects_of(function: Any) -> list[Any]:
+    """The object that a loss function is, or is a method of, if it has attributes."""
+    found = (function, getattr(function, "__self__", None))
+    return [
+        one for one in found if hasattr(one, "__dict__") and not isinstance(one, (nn.Module, FunctionType, MethodType))
+    ]

@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 from . import rng
 from .buffers import ModelState
-from .containers import copy_containers, modules_in
+from .containers import copy_containers, leaves, modules_in
 from .directions import PreviousAscent
 from .frozen import FrozenOutputs, Trust, frozen_modules
 from .functional import LogitGradients
@@ -20,7 +20,7 @@ from .parameters import add_gradients, gradients_only_for, optimized, reached, t
 from .perturbation import Perturbation
 from .step_metrics import NO_GRADIENT, SKIPPED, StepMetrics
 from .synchronization import Synchronization
-from .window import Pass, StepPlan, Window
+from .window import Pass, StepPlan, Window, version
 
 logger = logging.get_logger(__name__)
 
@@ -68,6 +68,7 @@ class TwoPassStep:
         metrics: where what happens is counted.
         around_descent: a context for the stock steps of the descent, such as `counters.unchanged`.
         beside: things beside `model` in which there may be modules that its loss runs through; asked at every window.
+        holders: objects beside them whose attributes a pass may change, as it may those of modules.
         loss_scale: by which the gradients are larger than those of the loss (a gradient scaler's).
         owner: who takes the micro-batches, as messages name it.
         prefix: of the arguments' names in messages.
@@ -82,6 +83,7 @@ class TwoPassStep:
         metrics: StepMetrics,
         around_descent: Callable[[], AbstractContextManager[object]] = nullcontext,
         beside: Callable[[], Iterable[Any]] = tuple,
+        holders: Iterable[object] = (),
         loss_scale: Callable[[], float | Tensor] = lambda: 1.0,
         owner: str = "the loop",
         prefix: str = "sam_",
@@ -93,7 +95,7 @@ class TwoPassStep:
         self._model, self._optimizer = model, optimizer
         self._around_descent, self._loss_scale, self._owner = around_descent, loss_scale, owner
         self._prefix = prefix
-        self._beside = beside
+        self._beside, self._holders = beside, list(holders)
         self._trust = Trust()
         self._logits_seen = False  # whether a gradient has come to the logits of any micro-batch
         self._restrict = True  # whether the ascent may leave out the gradients of parameters that are not chosen
@@ -171,9 +173,10 @@ class TwoPassStep:
         """The stock step at w, on what the ascent sees and for the parameters that may move. Returns its loss."""
         frozen = FrozenOutputs(window.frozen, self._trust, window.models, window.generators)
         logits = LogitGradients(self._model) if self.settings.functional else None
-        state = ModelState(window.modules, like=window.passes[-1].state if window.passes else None)
+        holders = [*window.modules, *self._holders]
+        state = ModelState(holders, like=window.passes[-1].state if window.passes else None)
         one = Pass(copy_containers(inputs), rng.capture(window.generators), state, position, frozen, logits)
-        frozen_weights = _frozen_weights(window.modules)
+        weights = _weights_beside(self._optimizer, window.modules)
         window.passes.append(one)
         try:
             seen = inputs if window.ascent_inputs is None else window.ascent_inputs[position]
@@ -190,11 +193,11 @@ class TwoPassStep:
             window.note_gradients(self._reached())
             raise
         window.losses.append(loss)
-        if _frozen_weights(window.modules) != frozen_weights:
+        if any(p.was_written_to() for p in weights):
             raise NotImplementedError(
-                "the forward pass writes to parameters that are not trained, such as a moving average of others, and "
-                "the second pass would do so once more, from the perturbed weights; do that in a callback "
-                f"(on_step_end), or set {self._prefix}rho=0"
+                "the first pass has written to parameters that are not in the optimizer, such as a moving average of "
+                "others, or what a second optimizer trains, and the second pass would do so once more, from the "
+                f"perturbed weights; do that in a callback (on_step_end), or set {self._prefix}rho=0"
             )
         if logits is not None:
             self._logits_seen |= logits.found
@@ -226,8 +229,9 @@ class TwoPassStep:
         if changed and window.ascent_inputs is None and not self._warned_of_inputs:
             self._warned_of_inputs = True
             logger.warning(
-                f"compute_loss, or the model, changes inputs {changed} in place. If making that change twice "
-                "gives other inputs, the second pass sees another batch; in that case change a copy"
+                f"compute_loss, or the model, changes {', '.join(f'inputs{path}' for path in changed)} in place. If "
+                "making that change twice gives other inputs, the second pass sees another batch; in that case change "
+                "a copy"
             )
         return loss
 
@@ -241,7 +245,7 @@ class TwoPassStep:
         have_gradient = {p for p in trainable if p.grad is not None}
         if self.previous is not None and plan.direction is not None:
             self.previous.remember(plan.direction)
-        after_ascent = ModelState(window.modules)
+        after_ascent = ModelState([*window.modules, *self._holders])
         repeat = self.settings.same_masks and window.ascent_inputs is None
         if self.settings.same_masks and not repeat:
             # There are no masks to repeat, as those of the ascent had fewer rows: draw what a plain step would draw.
@@ -348,10 +352,29 @@ class TwoPassStep:
             )
 
 
-def _frozen_weights(modules: Iterable[nn.Module]) -> list[tuple[int, int, int]]:
-    """Which parameters are not trained, where they lie, and how often they have been written to."""
-    own = {p for module in modules for p in module._parameters.values() if p is not None and not p.requires_grad}
-    return sorted((id(p), p.data_ptr(), p._version) for p in own if type(p.data) is Tensor and not p.is_inference())
+class _Weight(NamedTuple):
+    """A parameter, and what tells whether somebody has written to it since."""
+
+    parameter: nn.Parameter
+    pointer: int
+    version: int | None
+    kind: tuple[torch.dtype, torch.device]
+
+    @classmethod
+    def of(cls, p: nn.Parameter) -> "_Weight":
+        return cls(p, p.data_ptr(), version(p), (p.dtype, p.device))
+
+    def was_written_to(self) -> bool:
+        now = self.of(self.parameter)
+        # (A teacher may be cast when it is first used.)
+        return now.kind == self.kind and (now.pointer, now.version) != (self.pointer, self.version)
+
+
+def _weights_beside(optimizer: Optimizer, modules: Iterable[nn.Module]) -> list[_Weight]:
+    """Parameters of `modules` that `optimizer` does not have. (Without those that a forward pass keeps below a norm,
+    `nn.Embedding(max_norm=...)`: once is as often as twice.)"""
+    own = {p for m in modules if getattr(m, "max_norm", None) is None for p in m._parameters.values() if p is not None}
+    return [_Weight.of(p) for p in own - set(optimized(optimizer)) if type(p.data) is Tensor]
 
 
 def _total(losses: list[Tensor], like: Tensor) -> Tensor:
@@ -360,5 +383,7 @@ def _total(losses: list[Tensor], like: Tensor) -> Tensor:
 
 
 def _versions(inputs: Any) -> dict[str, tuple[Tensor, int]]:
-    items = inputs.items() if hasattr(inputs, "items") else ()
-    return {k: (v, v._version) for k, v in items if isinstance(v, Tensor) and not v.is_inference()}
+    tensors = (
+        (path, leaf) for path, leaf in leaves("", inputs) if isinstance(leaf, Tensor) and not leaf.is_inference()
+    )
+    return {path: (tensor, tensor._version) for path, tensor in tensors}

@@ -4,7 +4,7 @@ import copy
 import inspect
 import json
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from transformers.trainer_utils import TrainOutput
 from . import activity
 from .card import ModelCardMixin
 from .checkpoints import CompleteCheckpointsMixin
-from .internals import check_internals
+from .internals import check_internals, show_signatures
 from .monitor import RadiusMonitor
 from .perturbation import Perturbation
 from .plan import base_radii
@@ -100,23 +100,47 @@ class SharpnessAwareTrainerMixin(ModelCardMixin, CompleteCheckpointsMixin, _Base
     model: PreTrainedModel | nn.Module
     optimizer: torch.optim.Optimizer
 
-    _default_arguments: type[SharpnessAwareArgumentsMixin] = AdaSAMTrainingArguments
+    _sam_default_arguments: type[SharpnessAwareArgumentsMixin] = AdaSAMTrainingArguments
 
     def __init__(self, *positional: Any, **named: Any) -> None:
         check_internals()
-        # The arguments are second in Transformers, and third in trl's DPOTrainer.
-        given = inspect.signature(super().__init__).bind_partial(*positional, **named)
-        args = given.arguments.get("args")
+        positional, named = self._sam_complete_arguments(super().__init__, positional, named)
+        self._sam_run: SharpnessAwareRun | None = None  # while a training lasts
+        self._sam_log_entries: dict[str, float] = {}  # for the Trainer's own next log entry
+        super().__init__(*positional, **named)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if inspect.unwrap(cls.__init__) is SharpnessAwareTrainerMixin.__init__:
+            # Scripts look at signatures, to see which arguments a Trainer takes: show that of the class behind.
+            behind = super().__init__  # (unbound, as `cls` is a class)
+            cls.__init__ = _initializer(inspect.signature(behind))  # type: ignore[method-assign]
+
+    @classmethod
+    def _sam_complete_arguments(
+        cls, initialize: Callable[..., None], positional: tuple[Any, ...], named: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What the class behind is called with: with arguments in any case, and those of the right kind.
+
+        They are second in Transformers, third in trl's DPOTrainer, and anywhere in ``*args, **kwargs``.
+        """
+        kinds = inspect.signature(initialize).parameters.values()
+        names = [parameter.name for parameter in kinds if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+        by_name = {**dict(zip(names, positional, strict=False)), **named}
+        args = by_name.get("args") or next((v for v in positional if isinstance(v, TrainingArguments)), None)
         if args is None:
-            args = given.arguments["args"] = self._default_arguments("tmp_trainer")  # as in Transformers
+            args = cls._sam_default_arguments("tmp_trainer")  # as in Transformers
+            place = names.index("args") if "args" in names else len(positional)
+            if place < len(positional):  # a None
+                positional = (*positional[:place], args, *positional[place + 1 :])
+            else:
+                named = {**named, "args": args}
         if not isinstance(args, SharpnessAwareArgumentsMixin):
             raise TypeError(
                 f"args={type(args).__name__} has no sharpness-aware arguments; pass AdaSAMTrainingArguments, or a "
                 "class that combines SharpnessAwareArgumentsMixin with your own arguments"
             )
-        self._run: SharpnessAwareRun | None = None  # while a training lasts
-        self._log_entries: dict[str, float] = {}  # for the Trainer's own next log entry
-        super().__init__(*given.args, **given.kwargs)
+        return positional, named
 
     # ---- the optimizer ----
 
@@ -126,72 +150,73 @@ class SharpnessAwareTrainerMixin(ModelCardMixin, CompleteCheckpointsMixin, _Base
         """As in Transformers; refuses what is not supported before anything is wrapped or trained."""
         optimizer = super().create_optimizer(*args, **kwargs)
         if any(base_radii(self.args, self.optimizer)):
-            self._refuse()
+            self._sam_refuse()
         return optimizer
 
-    def _refuse(self) -> None:
+    def _sam_refuse(self) -> None:
         refuse_unsupported(Setup.of_trainer(self))
         refuse_overrides(type(self), SharpnessAwareTrainerMixin, self.args)
 
     @property
     def _perturbation(self) -> Perturbation | None:
         """That of the present training, or of the steps taken by hand; None before the first."""
-        return None if self._run is None else self._run.step.perturbation
+        return None if self._sam_run is None else self._sam_run.step.perturbation
 
     # ---- one training ----
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        if self._run is not None:  # of steps taken by hand
-            self._run.step.perturbation.release()
-        self._run = None
+        if self._sam_run is not None:  # of steps taken by hand
+            self._sam_run.step.perturbation.release()
+        self._sam_run = None
         self.args.check_together()  # arguments set one after another are looked at together here
         try:
             output = super()._inner_training_loop(*args, **kwargs)
-            self._end_training(inspect.signature(super()._inner_training_loop).bind_partial(*args, **kwargs).arguments)
+            resumed = inspect.signature(Trainer._inner_training_loop).bind_partial(self, *args, **kwargs).arguments
+            self._sam_end_training(bool(resumed.get("resume_from_checkpoint")))
             return output
         finally:
-            if self._run is not None:
+            if self._sam_run is not None:
                 # An interrupt can strike between any two instructions of training_step, its own `finally` included.
-                run, self._run = self._run, None
+                run, self._sam_run = self._sam_run, None
                 run.step.perturbation.release()
                 activity.record(run.perturbed_here)
 
-    def _end_training(self, arguments: dict[str, Any]) -> None:
+    def _sam_end_training(self, resumed: bool) -> None:
         """Look back at a finished training, or at one whose loop has bypassed us from the start."""
-        if self._run is None and not arguments.get("resume_from_checkpoint"):  # which may have had nothing left to do
+        if self._sam_run is None and not resumed:  # (A training that was resumed may have had nothing left to do.)
             radius = max(base_radii(self.args, self.optimizer), default=0.0)
             if radius and self.state.global_step and self.is_world_process_zero():
                 RadiusMonitor(radius).never(0, ())
-        elif self._run is not None:
-            self._run.end(self)
+        elif self._sam_run is not None:
+            self._sam_run.end(self)
 
-    def _running(self) -> SharpnessAwareRun:
+    def _sam_running(self) -> SharpnessAwareRun:
         """The present run. It begins before the first step, when a checkpoint may have brought a radius along."""
-        if self._run is None:
+        if self._sam_run is None:
             if self.optimizer is None:  # training_step is called by hand, outside train()
                 self.create_optimizer()
             if any(base_radii(self.args, self.optimizer)):
-                self._refuse()  # a create_optimizer of a subclass may not have come to ours
-            self._run = SharpnessAwareRun(self)
-        return self._run
+                self._sam_refuse()  # a create_optimizer of a subclass may not have come to ours
+            self._sam_run = SharpnessAwareRun(self)
+        return self._sam_run
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Tensor | int | None]:
         """As in Transformers; plans the coming optimizer step, whose micro-batches these are."""
-        run = self._running()
+        run = self._sam_running()
         samples, items = super().get_batch_samples(*args, **kwargs)
         ours = type(self).get_batch_samples is SharpnessAwareTrainerMixin.get_batch_samples
         return run.begin_step(self, samples, passed_on=not ours), items
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """The double forward/backward (`step.TwoPassStep`). Returns the loss at w, as the stock step does."""
-        run = self._running()
-        stock_step = partial(self._stock_step, model, args, kwargs)
-        return run.take(self, model, inputs, stock_step, partial(self._ascent_step, model))
+        run = self._sam_running()
+        stock_step = partial(self._sam_stock_step, model, args, kwargs)
+        return run.take(self, model, inputs, stock_step, partial(self._sam_ascent_step, model))
 
-    def _stock_step(self, model: nn.Module, args: Any, kwargs: Any, inputs: Any) -> Tensor:
+    def _sam_stock_step(self, model: nn.Module, args: Any, kwargs: Any, inputs: Any) -> Tensor:
         return super().training_step(model, inputs, *args, **kwargs)
 
-    def _ascent_step(self, model: nn.Module, items: Tensor | int | None, micro_batches: int, inputs: Any) -> Tensor:
+    def _sam_ascent_step(self, model: nn.Module, items: Tensor | int | None, micro_batches: int, inputs: Any) -> Tensor:
         """The stock step for an ascent over fewer rows: its loss is a mean over them."""
         every = getattr(self, "current_gradient_accumulation_steps", micro_batches)
         self.current_gradient_accumulation_steps = micro_batches
@@ -203,52 +228,68 @@ class SharpnessAwareTrainerMixin(ModelCardMixin, CompleteCheckpointsMixin, _Base
     # What is left of a window that a trainer has broken off; both come before every update.
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        self._finish_step()
+        self._sam_finish_step()
         return super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]  # Transformers' types lack it
 
     def _get_grad_norm(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        self._finish_step()
+        self._sam_finish_step()
         return super()._get_grad_norm(model, *args, **kwargs)  # type: ignore[no-untyped-call]  # Transformers' types lack it
 
-    def _finish_step(self) -> None:
-        if self._run is not None:
-            self._run.finish_step()
+    def _sam_finish_step(self) -> None:
+        if self._sam_run is not None:
+            self._sam_run.finish_step()
 
     # ---- what people see ----
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         # As the Trainer does for its own loss, and with a collective as there: all processes are here.
-        if self._run is not None and self.control.should_log and self.state.global_step > self._globalstep_last_logged:
-            self._log_entries = self._run.read_metrics(self)
+        if (
+            self._sam_run is not None
+            and self.control.should_log
+            and self.state.global_step > self._globalstep_last_logged
+        ):
+            self._sam_log_entries = self._sam_run.read_metrics(self)
         try:
             super()._maybe_log_save_evaluate(*args, **kwargs)
         finally:
-            self._log_entries = {}
+            self._sam_log_entries = {}
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As in Transformers, with the ``sam_*`` values beside the Trainer's own training loss."""
-        logs.update(self._log_entries)  # in place: the Trainer goes on with this dictionary
-        self._log_entries = {}
+        logs.update(self._sam_log_entries)  # in place: the Trainer goes on with this dictionary
+        self._sam_log_entries = {}
         super().log(logs, *args, **kwargs)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """As in Transformers, for both passes."""
         plain = super().floating_point_ops(inputs)
-        first_pass = 0.0 if self._run is None else self._run.first_pass_cost
+        first_pass = 0.0 if self._sam_run is None else self._sam_run.first_pass_cost
         return plain + int(plain * first_pass)
 
     # ---- checkpoints ----
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        if self._run is not None and self.is_world_process_zero() and (state := self._run.planner.state()):
+        if self._sam_run is not None and self.is_world_process_zero() and (state := self._sam_run.planner.state()):
             Path(output_dir, _STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         path = Path(checkpoint or "", _STATE_FILE)
         if checkpoint is not None and path.is_file():
-            self._running().planner.load_state(json.loads(path.read_text(encoding="utf-8")))
+            self._sam_running().planner.load_state(json.loads(path.read_text(encoding="utf-8")))
+
+
+def _initializer(signature: inspect.Signature) -> Callable[..., None]:
+    @wraps(SharpnessAwareTrainerMixin.__init__)
+    def __init__(self: SharpnessAwareTrainerMixin, *positional: Any, **named: Any) -> None:
+        SharpnessAwareTrainerMixin.__init__(self, *positional, **named)
+
+    __init__.__signature__ = signature  # type: ignore[attr-defined]
+    return __init__
+
+
+show_signatures(ModelCardMixin, CompleteCheckpointsMixin, SharpnessAwareTrainerMixin)
 
 
 class AdaSAMTrainer(SharpnessAwareTrainerMixin, Trainer):
@@ -258,4 +299,4 @@ class AdaSAMTrainer(SharpnessAwareTrainerMixin, Trainer):
 class AdaSAMSeq2SeqTrainer(SharpnessAwareTrainerMixin, Seq2SeqTrainer):
     """`transformers.Seq2SeqTrainer` with the two-pass step; takes `AdaSAMSeq2SeqTrainingArguments`."""
 
-    _default_arguments = AdaSAMSeq2SeqTrainingArguments
+    _sam_default_arguments = AdaSAMSeq2SeqTrainingArguments

@@ -88,8 +88,16 @@ READERS: dict[str, Reader] = {
 
 
 def _read_spelled_number(name: str, value: Any) -> Any:
-    """'1e-5' in a field of Transformers for a float: YAML takes a number without a dot for text."""
-    return read_number(name, value, "a number") if isinstance(value, str) else value
+    """'1e-5' in a field for a float: YAML takes a number without a dot for text.
+
+    (What other texts mean in a field that is not of Transformers, its author knows.)
+    """
+    try:
+        return read_number(name, value, "a number") if isinstance(value, str) else value
+    except ValueError:
+        if name in TrainingArguments.__dataclass_fields__:
+            raise
+        return value
 
 
 @cache

@@ -1,6 +1,6 @@
 """What lives for one optimizer step: its micro-batches, and what the ascent has gathered from them so far."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -80,6 +80,7 @@ class Window(list[Any]):
         size_elsewhere: of the list that somebody has made of it, if he has.
         ascent_inputs: by position, what the ascent sees of each micro-batch, where that is not all of it; None for one
             that takes no part.
+        ascent_cuts: by position, what takes these rows of a micro-batch that a trainer may have changed by then.
         ascent_items: `num_items_in_batch` of all that.
         ascent_share: the share of the window that this is, by rows (of packed rows, by tokens); None if it is all.
         passed_on: whether others may change the list before its first micro-batch is taken.
@@ -93,6 +94,7 @@ class Window(list[Any]):
         self.plan = plan or StepPlan([])
         self.size_elsewhere: int | None = None
         self.ascent_inputs: dict[int, Any | None] | None = None
+        self.ascent_cuts: dict[int, Callable[[Any], Any | None]] = {}
         self.ascent_items: Tensor | int | None = None
         self.ascent_share: float | None = None
         self.begun = self.passed_on = False

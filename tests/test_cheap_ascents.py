@@ -557,7 +557,7 @@ def test_other_directions_relative_to_the_weights(build, direction):
     class Moves(Sharp):
         def training_step(self, model, inputs, *args, **kwargs):
             before = {name: p.detach().clone() for name, p in model.named_parameters()}
-            ascend = self._running().step.perturbation.ascend
+            ascend = self._sam_running().step.perturbation.ascend
 
             def look(*args, **kwargs):
                 norm = ascend(*args, **kwargs)
@@ -566,11 +566,11 @@ def test_other_directions_relative_to_the_weights(build, direction):
                     moved[self.args.sam_adaptive] = before, delta
                 return norm
 
-            self._running().step.perturbation.ascend = look
+            self._sam_running().step.perturbation.ascend = look
             try:
                 return super().training_step(model, inputs, *args, **kwargs)
             finally:
-                self._running().step.perturbation.ascend = ascend
+                self._sam_running().step.perturbation.ascend = ascend
 
     for adaptive in (False, True):
         flags = {"optim": "adasam", "sam_rho": 1e-9, "sam_direction": direction, "sam_adaptive": adaptive}

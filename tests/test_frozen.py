@@ -341,7 +341,7 @@ def test_outputs_are_freed_after_the_step(build):
 
     class Look(TrainerCallback):
         def on_step_end(self, *args, **kwargs):
-            kept.append(len(trainer._run._window.passes))
+            kept.append(len(trainer._sam_run._window.passes))
 
     trainer = build(Sharp, bert(), callbacks=[Look()], sam_rho=0.3, optim="sgd", gradient_accumulation_steps=2)
     trainer.train()

@@ -131,7 +131,7 @@ def test_a_group_that_is_added_to_adasam_has_the_radius_of_the_argument(build):
 
     class Look(TrainerCallback):
         def on_step_end(self, *args, **kwargs):
-            radii.append(list(trainer._run.planner.radii))
+            radii.append(list(trainer._sam_run.planner.radii))
 
     trainer = build(Sharp, model, callbacks=[AtStep(2, add), Look()], optimizers=(optimizer, None), sam_rho=0.1)
     trainer.train()

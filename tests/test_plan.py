@@ -18,7 +18,7 @@ class Radii(TrainerCallback):
         self.found = []
 
     def on_step_end(self, *args, **kwargs):
-        self.found.append(list(self.trainer._run._window.plan.radii))
+        self.found.append(list(self.trainer._sam_run._window.plan.radii))
 
 
 def radii_with(build, make_scheduler, rates=(1e-3, 1e-3), callbacks=(), **flags):

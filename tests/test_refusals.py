@@ -147,5 +147,5 @@ def test_a_dummy_optimizer_is_refused_and_at_radius_zero_left_alone(tmp_path, mo
                 trainer.create_optimizer()
         else:
             trainer.create_optimizer()
-            assert not trainer._running().planner.plan(0, 1, updated=False).perturbs
+            assert not trainer._sam_running().planner.plan(0, 1).perturbs
         trainer.accelerator.state.distributed_type = DistributedType.NO
