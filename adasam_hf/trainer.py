@@ -130,8 +130,8 @@ class SharpnessAwareTrainerMixin(ModelCardMixin, CompleteCheckpointsMixin, _Base
         args = by_name.get("args") or next((v for v in positional if isinstance(v, TrainingArguments)), None)
         if args is None:
             args = cls._sam_default_arguments("tmp_trainer")  # as in Transformers
-            place = names.index("args") if "args" in names else len(positional)
-            if place < len(positional):  # a None
+            place = names.index("args") if "args" in names else 1
+            if place < len(positional) and positional[place] is None:
                 positional = (*positional[:place], args, *positional[place + 1 :])
             else:
                 named = {**named, "args": args}

@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import LR, Plain, Sharp, flat, make_model, make_rows
+from conftest import LR, InOrder, Plain, Sharp, flat, make_model, make_rows
 from helpers import Fingerprint, causal_model, causal_rows
 from transformers import TrainerCallback
 
 from adasam_hf import AdaSAM, AdaSAMTrainingArguments
 from adasam_hf.description import describe
-from adasam_hf.directions import DIRECTIONS, Direction, Momentum
+from adasam_hf.directions import DIRECTIONS, Direction, Momentum, innermost
 from adasam_hf.parameters import choose_parameters
 from adasam_hf.schedule import Schedule
 
@@ -642,3 +642,33 @@ def test_flops(build, flags, first_pass):
         for kind, optim, more in ((Plain, "adamw_torch", {}), (Sharp, "adasam", flags))
     ]
     assert totals[1] == pytest.approx(totals[0] * (1 + first_pass), rel=1e-6)
+
+
+class SkipsFirst(InOrder):
+    def training_step(self, model, inputs, *args, **kwargs):
+        if self.state.global_step == 0:
+            return torch.zeros((), dtype=torch.float64)
+        return super().training_step(model, inputs, *args, **kwargs)
+
+
+class ClearsState(TrainerCallback):
+    """As restarts (ReLoRA) do."""
+
+    def on_step_end(self, args, state, control, optimizer=None, **kwargs):
+        if state.global_step == 2:
+            innermost(optimizer).state.clear()
+
+
+@pytest.mark.parametrize("direction", ["momentum", "preconditioned"])
+@pytest.mark.parametrize("optim", ["adasam", "adamw_torch"])
+def test_steps_before_there_is_a_moment_go_along_none(build, direction, optim):
+    """The first update had no gradient, or somebody has cleared the state: no reason to end the run."""
+    flags = {"optim": optim, "sam_direction": direction, "sam_rho": RHO}
+    kind = type("Mine", (SkipsFirst, Sharp), {})
+    skipped = build(kind, bert(), make_rows(16), **flags)
+    skipped.train()
+    cleared = build(Sharp, bert(), make_rows(16), callbacks=[ClearsState()], **flags)
+    cleared.train()
+    radii = [[log.get("sam_rho") for log in t.state.log_history if "loss" in log] for t in (skipped, cleared)]
+    first_pass = direction == "preconditioned"  # which goes along the gradient until then
+    assert radii[0][2:] == [RHO, RHO] and radii[1] == [RHO if first_pass else 0, RHO, RHO if first_pass else 0, RHO]

@@ -1,9 +1,11 @@
 """Of Transformers' Trainer, what the step extends is there, or is missed before anything is trained."""
 
+import inspect
+
 import pytest
 from conftest import make_model
 from helpers import ROOT, read_setup
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 from adasam_hf import AdaSAMTrainer, AdaSAMTrainingArguments
 from adasam_hf.card import ModelCardMixin
@@ -41,3 +43,55 @@ def test_one_place_says_which_versions_were_tested():
     assert f"the tests were run on {OLDEST_TESTED} and {NEWEST_TESTED}" in page
     floor = next(w for w in read_setup()["options"]["install_requires"].split() if w.startswith("transformers>="))
     assert OLDEST_TESTED.startswith(floor.removeprefix("transformers>="))
+
+
+@pytest.mark.parametrize("name", ["__init__", *EXTENDED])
+def test_methods_show_the_signature_of_the_stock_ones(name):
+    """Scripts look there, to see which arguments a Trainer takes."""
+    ours, stock = (list(inspect.signature(getattr(kind, name)).parameters) for kind in (AdaSAMTrainer, Trainer))
+    assert ours == stock
+    assert name != "__init__" or inspect.signature(AdaSAMTrainer) == inspect.signature(Trainer)
+
+
+class TakesMore(Trainer):
+    def __init__(self, model, more=None, args=None):
+        super().__init__(model, args)
+        self.more = more
+
+
+class TakesAnything(Trainer):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+
+
+def test_a_class_behind_the_mixin_shows_its_own(tmp_path):
+    kind = type("Kind", (SharpnessAwareTrainerMixin, TakesMore), {})
+    assert inspect.signature(kind.__init__) == inspect.signature(TakesMore.__init__)
+    assert inspect.signature(type("Later", (kind,), {}).__init__) == inspect.signature(TakesMore.__init__)
+    partly = type("Partly", (SharpnessAwareTrainerMixin,), {})  # a mixin of a script
+    assert inspect.signature(type("Whole", (partly, TakesMore), {})) == inspect.signature(TakesMore)
+
+
+@pytest.mark.parametrize("behind", [Trainer, TakesMore, TakesAnything])
+def test_arguments_are_found_wherever_a_class_takes_them(behind, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    kind, model = type("Kind", (SharpnessAwareTrainerMixin, behind), {}), make_model("bert")
+    arguments = AdaSAMTrainingArguments(str(tmp_path), optim="adasam", use_cpu=True, report_to="none")
+    assert kind(model=model, args=arguments).args is arguments
+    before = (model, 3) if behind is TakesMore else (model,)
+    assert kind(*before, arguments).args is arguments
+    assert type(kind(*before, None).args) is type(kind(*before).args) is AdaSAMTrainingArguments
+    stock = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    for positional, named in ((before, {"args": stock}), ((*before, stock), {})):
+        with pytest.raises(TypeError, match="args=TrainingArguments has no sharpness-aware arguments"):
+            kind(*positional, **named)
+
+
+def test_a_trainer_may_have_attributes_of_any_public_or_private_name(tmp_path):
+    """What the mixin keeps on a trainer has names that a script's own attributes do not have."""
+    added = {name for mixin in MIXINS for name in vars(mixin) if not name.startswith("__")} - set(EXTENDED)
+    arguments = AdaSAMTrainingArguments(str(tmp_path), optim="adasam", use_cpu=True, report_to="none")
+    added |= (
+        vars(AdaSAMTrainer(make_model("bert"), arguments)).keys() - vars(Trainer(make_model("bert"), arguments)).keys()
+    )
+    assert {name for name in added if not name.startswith("_sam_")} == {"_perturbation"}

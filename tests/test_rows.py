@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from conftest import InOrder, Sharp, make_model, make_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -25,6 +26,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import ModelOutput
 
+from adasam_hf import AdaSAMTrainer
 from adasam_hf.glue.data import resolve_path
 from adasam_hf.rows import choose_rows, is_paired
 
@@ -612,3 +614,49 @@ def test_rows_of_sentence_transformers(tokenizer):
     batch = collators.SentenceTransformerDataCollator(flattened)(examples)
     with pytest.raises(NotImplementedError, match="'anchor_offsets' says that rows are flattened"):
         choose_rows([batch], 0.25)
+
+
+class Changes(InOrder):
+    """A `training_step` in front that adds an entry for each row, and puts other labels in."""
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        inputs["weight"] = 1.0 + inputs["labels"].double()
+        inputs["labels"] = (inputs["labels"] + 1) % 3
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        self.seen.append((inputs["weight"].clone(), inputs["labels"].clone(), inputs["input_ids"].clone()))
+        weight = inputs.pop("weight")
+        logits = model(input_ids=inputs["input_ids"]).logits
+        return (weight * torch.nn.functional.cross_entropy(logits, inputs["labels"], reduction="none")).mean()
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_rows_are_taken_of_what_a_training_step_has_made_of_a_batch(build, k):
+    rows = make_rows(8 * k)
+    trainer = build(
+        type("Mine", (Changes, Sharp), {"seen": []}),
+        make_model("bert"),
+        rows,
+        optim="sam",
+        sam_ascent_fraction=0.5,
+        per_device_train_batch_size=8,
+        gradient_accumulation_steps=k,
+    )
+    trainer.train()
+    ascents, descents = trainer.seen[:k], trainer.seen[k:]
+    assert len(descents) == k and [len(labels) for _, labels, _ in ascents] == [4] * k
+    for (weight, labels, ids), (all_weights, all_labels, all_ids) in zip(ascents, descents, strict=True):
+        picked = [next(i for i, one in enumerate(all_ids) if torch.equal(one, mine)) for mine in ids]
+        assert torch.equal(weight, all_weights[picked]) and torch.equal(labels, all_labels[picked])
+    assert {len(labels) for _, labels, _ in descents} == {8}
+
+
+def test_a_batch_that_a_training_step_makes_shorter_is_refused(build):
+    class Shortens(InOrder, AdaSAMTrainer):
+        def training_step(self, model, inputs, *args, **kwargs):
+            return super().training_step(model, {key: value[:3] for key, value in inputs.items()}, *args, **kwargs)
+
+    trainer = build(Shortens, make_model("bert"), make_rows(8), optim="sam", sam_ascent_fraction=0.5)
+    with pytest.raises(NotImplementedError, match=r"takes 2 of 4 rows of a batch, but the trainer has made 3 of them"):
+        trainer.train()

@@ -108,7 +108,7 @@ class Carries(InOrder):
 
 
 @SCOPES
-@pytest.mark.compat("Trainer", "state that `compute_loss` keeps on the trainer")
+@pytest.mark.compat("Trainer behaviour", "state that `compute_loss` keeps on the trainer")
 def test_what_a_loss_keeps_on_the_trainer(build, scope):
     def state(trainer):
         assert trainer.count == 6
@@ -168,7 +168,7 @@ class MixesUp(InOrder):
 
 
 @SCOPES
-@pytest.mark.compat("Trainer", "a global generator that `compute_loss` draws from")
+@pytest.mark.compat("Trainer behaviour", "a global generator that `compute_loss` draws from")
 def test_a_global_generator_of_a_loss(build, scope):
     start, results = GENERATOR.bit_generator.state, []
     for base, more in ((Plain, {}), (Sharp, {"sam_rho": 1e-10, "sam_scope": scope})):

@@ -1,9 +1,10 @@
 import math
+from functools import wraps
 
 import numpy as np
 import pytest
 import torch
-from conftest import BETAS, EPS, LR, Plain, SeedSteps, Sharp, flat, make_model, make_rows
+from conftest import BETAS, EPS, LR, InOrder, Plain, SeedSteps, Sharp, flat, make_model, make_rows
 from helpers import Fingerprint, causal_model, causal_rows
 from oracle import Oracle
 from torch.nn.functional import cross_entropy
@@ -23,6 +24,7 @@ from adasam_hf import (
     AdaSAMTrainer,
     SharpnessAwareTrainerMixin,
 )
+from adasam_hf import AdaSAMTrainer as Stock
 
 # ---- against a loop written by hand ----
 
@@ -742,6 +744,42 @@ def test_an_override_is_warned_of_where_its_state_could_mislead(build, caplog):
 
     assert warned()
     assert not warned(sam_scope="microbatch") and not warned(gradient_accumulation_steps=1)
+
+
+STEP = Sharp.training_step
+
+
+def test_overrides_that_come_to_the_step_in_other_ways(build, monkeypatch):
+    """A parent by another name, and functions put in the place of the method, as profilers and scripts do."""
+
+    class ByName(InOrder, AdaSAMTrainer):
+        def training_step(self, *args, **kwargs):
+            return Stock.training_step(self, *args, **kwargs)
+
+    def perturbed(kind):
+        trainer = build(kind, make_model("bert"), make_rows(8), optim="sam", logging_steps=2)
+        trainer.train()
+        return "sam_gap" in trainer.state.log_history[0]
+
+    assert perturbed(ByName)
+
+    def timed(self, *args, **kwargs):
+        return STEP(self, *args, **kwargs)
+
+    monkeypatch.setattr(Sharp, "training_step", timed, raising=False)
+    assert perturbed(Sharp)
+    monkeypatch.setattr(Sharp, "training_step", wraps(STEP)(timed), raising=False)
+    assert perturbed(Sharp)
+
+    def instead(self, model, inputs, *args, **kwargs):
+        return Trainer.training_step(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(Sharp, "training_step", instead, raising=False)
+    # Its base by name: to look at it, as good as the ones above. That it goes past the step is told at the end.
+    assert not perturbed(Sharp)
+    monkeypatch.setattr(Sharp, "training_step", lambda self, *args, **kwargs: torch.zeros(()), raising=False)
+    with pytest.raises(NotImplementedError, match="overrides training_step without super"):
+        perturbed(Sharp)
 
 
 def test_overrides_through_a_helper_and_of_the_window(build):

@@ -793,3 +793,17 @@ def test_a_value_wins_over_a_flag_also_where_it_is_the_default(make, tmp_path, f
     )
     for args in (make(**stock), parsed, WAYS[way](AdaSAMTrainingArguments, make(), tmp_path, **stock)):
         assert {name: getattr(args, name) for name in stock} == stock
+
+
+@dataclasses.dataclass(repr=False)
+class WithText(AdaSAMTrainingArguments):
+    temperature: float = dataclasses.field(default="auto")
+
+
+def test_a_float_field_of_a_script_may_hold_text(tmp_path):
+    assert (
+        WithText(str(tmp_path)).temperature == "auto"
+        and WithText(str(tmp_path), temperature="1e-3").temperature == 1e-3
+    )
+    with pytest.raises(ValueError, match="learning_rate='auto' must be a number"):
+        WithText(str(tmp_path), learning_rate="auto")
