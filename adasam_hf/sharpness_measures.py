@@ -19,7 +19,7 @@ def sam_gap(model: nn.Module, batches: Iterable[Batch], rho: float) -> float: ..
 @overload
 def sam_gap(model: nn.Module, batches: Iterable[Batch], rho: Iterable[float]) -> list[float]: ...
 def sam_gap(model: nn.Module, batches: Iterable[Batch], rho: float | Iterable[float]) -> float | list[float]:
-    r"""Mean over batches of L_B(w + ρ s/‖s‖₂) - L_B(w), s = ∇L_B(w): how much the loss rises at the worst nearby weights.
+    r"""Mean over batches of L_B(w + ρ s/‖s‖₂) - L_B(w), s = ∇L_B(w): the rise in loss at the worst nearby weights.
 
     The trainer logs the same quantity for its training batches, with dropout. Here the model is in eval mode, so
     that models can be compared. (It is the perturbation of SAM, arXiv:2010.01412, used as a measure.)

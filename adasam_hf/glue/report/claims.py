@@ -11,8 +11,7 @@ from .records import Grid, Record
 from .statistics import CONFIRMED, DENIED, UNKNOWN, Difference, holm
 from .wording import PAPER, counted, name, shown
 
-RULES = """Each verdict follows from a rule, at the 95 % level, over seeds (runs of two methods with the same seed form
-a pair):
+RULES = """Each verdict follows from a rule, at the 95 % level, over seeds (two runs with the same seed are a pair):
 
 * a difference is confirmed if the paired t test finds it significant with the paper's sign, and not confirmed if it
   finds it significant with the opposite sign; otherwise the runs cannot tell. The p-values are corrected with Holm's

@@ -10,7 +10,7 @@ DESCRIPTION = f"""Make a report from the records of sweeps: tables, figures, and
 
     adasam report results/small
 
-reads only results/small/records, and writes results/small/REPORT.md and its figures.
+This reads only results/small/records, and writes results/small/REPORT.md and its figures.
 
 {RULES}"""
 

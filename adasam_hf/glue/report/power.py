@@ -75,24 +75,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         nargs=2,
         default=["adasam", "amsgrad"],
         metavar=("ONE", "OTHER"),
-        help="the two methods to compare (default: %(default)s)",
+        help="the two methods to compare (default: adasam amsgrad)",
     )
     parser.add_argument(
         "--gain",
         type=float,
         nargs="+",
         default=[0.28, 0.5, 1.0],
-        help="gains to detect, in the unit of --value (default: %(default)s)",
+        help="gains to detect, in the unit of --value (default: 0.28 0.5 1)",
     )
     parser.add_argument(
         "--seeds",
         type=int,
         nargs="+",
         default=[5, 10],
-        help="numbers of seeds to show the power of (default: %(default)s)",
+        help="numbers of seeds to show the power of (default: 5 10)",
     )
     parser.add_argument(
-        "--comparisons", type=int, default=1, help="number of tests that share the level 0.05 (default: %(default)s)"
+        "--comparisons", type=int, default=1, help="number of tests that share the level of 0.05 (default: %(default)s)"
     )
     args = parser.parse_args(argv)
     if (args.folder is None) == (args.spread is None):
