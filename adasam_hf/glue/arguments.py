@@ -97,8 +97,8 @@ class DataArguments:
     selection_samples: int | None = field(
         default=None,
         metadata={
-            "help": "Hold out the last training rows, this many, and evaluate on them during training, so that "
-            "load_best_model_at_end keeps the checkpoint that is best on them. The final scores are on other rows."
+            "help": "Hold out this many rows at the end of the training rows, and evaluate on them during training, "
+            "so that load_best_model_at_end keeps the best checkpoint on them. The final scores are on other rows."
         },
     )
     label_noise: float | None = field(
@@ -118,7 +118,7 @@ class DataArguments:
         default=None,
         metadata={
             "help": "After training, measure sam_gap of the final weights at this radius, on four training batches "
-            "without dropout. The record has it as final_sam_gap: how sharp the weights are, with any optimizer."
+            "without dropout. The record has the result as final_sam_gap; it compares weights of any optimizers."
         },
     )
     overwrite_cache: bool = field(default=False, metadata={"help": "Tokenize again instead of using cached results."})

@@ -9,7 +9,7 @@ from .statistics import Difference, holm, interval
 
 @dataclass
 class Row:
-    """One difference in such a sweep."""
+    """The difference between two methods on one task, in one quantity."""
 
     pair: str
     task: str

@@ -104,7 +104,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     one, other = args.methods
     found = {"given": (0, args.spread)} if args.folder is None else spreads(args.folder, one, other, args.value)
     if not found:
-        raise ValueError(f"{args.folder}/records has fewer than two pairs of {one} and {other}; run more seeds of both")
+        raise ValueError(
+            f"{args.folder}/records has fewer than two pairs of runs of {one} and {other} with the same seed; "
+            "run more seeds of both"
+        )
     found = {name: (pairs, spread / math.sqrt(args.tasks)) for name, (pairs, spread) in found.items()}
     print(table(found, args.gain, args.seeds, args.comparisons))
     return 0
