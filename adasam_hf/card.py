@@ -1,4 +1,4 @@
-"""What a model card says of the optimizer, the ascent and their source."""
+"""What a model card says about the optimizer, the ascent and the paper."""
 
 import functools
 import re
@@ -53,14 +53,14 @@ class ModelCardMixin(_Base):
     optimizer: Optimizer
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """As in Transformers, with the optimizer and the ascent as they were used, and the paper to cite."""
+        """The card of Transformers, plus the optimizer and the ascent as they were used, and the paper to cite."""
         super().create_model_card(*args, **kwargs)
         self._sam_complete_card()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         write = vars(cls).get("create_model_card")
-        if write is not None:  # trl and sentence-transformers write cards of their own, without Transformers'
+        if write is not None:  # trl and sentence-transformers write their own cards, without Transformers'
 
             @functools.wraps(write)
             def create_model_card(self: ModelCardMixin, *args: Any, **kwargs: Any) -> None:
@@ -70,23 +70,23 @@ class ModelCardMixin(_Base):
             cls.create_model_card = create_model_card  # type: ignore[method-assign]
 
     def _sam_complete_card(self) -> None:
-        if self.is_world_process_zero() and self.optimizer is not None:  # nothing is known before training
+        if self.is_world_process_zero() and self.optimizer is not None:  # there is none before training
             radii = base_radii(self.args, self.optimizer)
             complete(Path(self.args.output_dir, "README.md"), self.args, self.optimizer, max(radii, default=0.0))
 
 
 def complete(path: Path, args: SharpnessAwareArgumentsMixin, optimizer: Optimizer, rho: float) -> None:
-    """Add to the card at `path`, which the Trainer or a library has written, the entries that they cannot know and,
-    if the run used AdaSAM or an ascent, a section on them with the paper and its citation. Calling it again changes
+    """Complete the card that the Trainer or a library has written to `path`: add the entries that only this package
+    knows and, if the run used AdaSAM or an ascent, a section with the paper and its citation. Calling it again changes
     nothing."""
     if not path.exists():  # sentence-transformers goes on without a card if it fails to make one
         return
     used = innermost(optimizer)
     entries = "".join(f"- {key}: {value}\n" for key, value in _entries(args, used, rho).items())
-    # Without the section that an earlier call or run has left.
+    # Drop the section of an earlier call or run.
     text = re.sub(rf"^{HEADING}.*?(?=^#+ |\Z)", "", path.read_text(encoding="utf-8"), flags=re.M | re.S)
     if not (listed := entries in text):
-        # The stock entry reads betas only for names with "adam" in them, and may go on over a second line.
+        # The stock entry has betas only for names with "adam" in them, and may span two lines.
         stock = re.compile(r"^- optimizer: .*?\n(?=- )", flags=re.M | re.S)
         text, count = stock.subn(lambda _: entries, text, count=1)
         listed = count > 0
@@ -100,7 +100,7 @@ def _name(args: SharpnessAwareArgumentsMixin) -> str:
 
 
 def _base(args: SharpnessAwareArgumentsMixin, used: Optimizer) -> str:
-    """What the ascent is around: the optimizer's name, or its class if it was given to the trainer."""
+    """The optimizer that the ascent wraps: its name, or its class if the trainer was given one."""
     ours = args.package_optimizer()
     return type(used).__qualname__ if ours and not isinstance(used, ours[0]) else _name(args)
 
@@ -154,7 +154,7 @@ def _section(args: SharpnessAwareArgumentsMixin, used: Optimizer, rho: float, en
 
 
 def project() -> str | None:
-    """The address of the project: `Homepage` in the project_urls of setup.cfg, if it has one."""
+    """The project's address: `Homepage` in the project_urls of setup.cfg, if it is there."""
     try:
         urls = metadata("adasam_hf").get_all("Project-URL") or []
     except PackageNotFoundError:  # run from a clone that is not installed

@@ -1,4 +1,4 @@
-"""The command `adasam`: the launcher of training scripts, and the commands of this package."""
+"""The command `adasam`: it launches training scripts, and runs the commands of this package."""
 
 import difflib
 import os
@@ -20,38 +20,38 @@ USAGE = """{program}: sharpness-aware fine-tuning (AdaSAM, arXiv:2303.00565) for
     torchrun --nproc_per_node 2 -m adasam_hf run_clm.py --optim adasam ...
     accelerate launch -m adasam_hf run_clm.py --optim adasam ...
 
-The script, or with -m the module, is run as python would run it, with the Trainer, Seq2SeqTrainer, TrainingArguments
-and Seq2SeqTrainingArguments of Transformers replaced by their sharpness-aware forms (adasam_hf.patch), here and in the
-Python processes that it starts. Its arguments, exit code and traceback are its own; SCRIPT --help shows the new
-arguments too, if it parses TrainingArguments. For a script that does not, give --optim and --sam_… before its name:
-they become the defaults of all its TrainingArguments.
+The script (or, with -m, the module) runs as under python, but with the Trainer, Seq2SeqTrainer, TrainingArguments and
+Seq2SeqTrainingArguments of Transformers replaced by their sharpness-aware forms (adasam_hf.patch), here and in the
+Python processes that it starts. Its arguments, exit code and traceback stay the same. If it parses TrainingArguments,
+SCRIPT --help also shows the new arguments. If it does not, give --optim and --sam_… before its name: they become the
+defaults of all its TrainingArguments.
 
 Commands:
 
 {commands}
 
-`{program} COMMAND --help` has an example of each; `{program} --debug COMMAND …` shows the traceback of an error.
-A script whose name is that of a command is given with its folder or suffix: ./sweep, sweep.py.
+`{program} COMMAND --help` shows an example; `{program} --debug COMMAND …` shows the traceback of an error.
+To run a script that has the name of a command, give its folder or suffix: ./sweep, sweep.py.
 """
 
 
 @dataclass(frozen=True)
 class Command:
-    """A command: the module whose `main` takes its arguments, and what it does."""
+    """The module whose `main` takes the command's arguments, and what the command does."""
 
     module: str
     summary: str
 
 
 COMMANDS = {
-    "quickstart": Command("quickstart", "AdaSAM beside AMSGrad on real sentences, in a few minutes on a CPU"),
+    "quickstart": Command("quickstart", "compare AdaSAM with AMSGrad on real sentences, in a few minutes on a CPU"),
     "glue": Command("glue.command", "fine-tune a classifier on a GLUE task or on your own sentences"),
-    "sweep": Command("glue.sweep.command", "do a grid of such runs from one file"),
-    "report": Command("glue.report.command", "make the report on the records of sweeps"),
-    "power": Command("glue.report.power", "how many seeds a paired test needs to see a gain"),
-    "submit": Command("glue.submission", "make the zip that the GLUE leaderboard takes"),
+    "sweep": Command("glue.sweep.command", "run a grid of such fine-tunings from one file"),
+    "report": Command("glue.report.command", "make a report from the records of sweeps"),
+    "power": Command("glue.report.power", "show how many seeds a paired t test needs to detect a gain"),
+    "submit": Command("glue.submission", "make the zip for the GLUE leaderboard"),
     "landscape": Command("benchmarks.landscape_command", "draw the loss around the weights of checkpoints"),
-    "benchmark": Command("benchmarks.command", "measure what a step costs, or what each mode keeps of AdaSAM"),
+    "benchmark": Command("benchmarks.command", "measure what a step costs, or how flat each mode makes a model"),
     "env": Command("environment", "print versions and devices for a bug report"),
 }
 
@@ -63,10 +63,10 @@ def usage(program: str) -> str:
 
 
 def run_command(name: str, argv: Sequence[str] | None = None, debug: bool = False) -> int:
-    """Do one command, and return its exit code. Input that it cannot use is one line on stderr and the code 2.
+    """Run one command and return its exit code. Input that it cannot use gives one line on stderr and code 2.
 
-    argv: its arguments; those of this process if None.
-    debug: let errors through.
+    argv: the command's arguments; None for those of this process.
+    debug: raise errors instead.
     """
     try:
         main = import_module(f".{COMMANDS[name].module}", __package__).main

@@ -1,7 +1,7 @@
-"""The words after the launcher's name: which are its flags, which the program's, and how a wrong one is refused.
+"""Split the launcher's command line into its own flags and the program, and refuse what is wrong.
 
-Needs neither torch nor Transformers: the values of flags are read by `launcher_flags`, when the program has imported
-Transformers itself.
+Needs neither torch nor Transformers: `launcher_flags` reads the values of the flags, once the program itself has
+imported Transformers.
 """
 
 import os
@@ -11,16 +11,16 @@ from typing import NoReturn
 
 from . import activity
 
-PROGRAM_VARIABLE = "ADASAM_HF_PROGRAM"  # the environment variable with the name that messages begin with
+PROGRAM_VARIABLE = "ADASAM_HF_PROGRAM"  # environment variable: the name that messages begin with
 PROGRAM = "python -m adasam_hf"
 
-# Flags that can do without a value.
+# Flags that need no value.
 SWITCHES = ("sam_adaptive", "sam_reuse", "sam_sync", "no_sam_sync", "sam_cache_frozen", "no_sam_cache_frozen")
 BOOLEANS = ("true", "false", "yes", "no", "t", "f", "y", "n", "1", "0")
 
 
 def fail(message: str) -> NoReturn:
-    """End with one line and the exit code of a wrong command line."""
+    """Exit with one line on stderr and the exit code of a wrong command line."""
     activity.discard()  # no program has run whose trainings could be reported
     print(f"{os.environ.get(PROGRAM_VARIABLE, PROGRAM)}: {message}", file=sys.stderr)
     raise SystemExit(2)
@@ -30,7 +30,7 @@ def split_flags(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """The sharpness-aware flags before the program's name, and the program with its own arguments.
 
     Raises:
-        SystemExit: with code 2 if another flag stands there, a value is missing, or the program is.
+        SystemExit: with code 2 for any other flag there, a missing value or a missing program.
     """
     end = 0
     while end < len(words) and words[end].startswith("--"):
@@ -55,7 +55,7 @@ def split_flags(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def asks_for_radius_zero(words: Sequence[str]) -> bool:
-    """Whether a command line says so, wherever in it."""
+    """Whether a command line asks for radius 0, anywhere in it."""
     values: dict[str, str] = {}
     for word, following in zip(words, [*words[1:], ""], strict=True):
         name, has_value, value = word.partition("=")

@@ -1,4 +1,4 @@
-"""What the commands of `adasam` have in common: how they parse, and what a person reads when something is wrong."""
+"""What the commands of `adasam` share: their parser, and one-line errors."""
 
 import argparse
 import sys
@@ -15,7 +15,7 @@ EXTRAS = {
 
 
 class CommandParser(argparse.ArgumentParser):
-    """The parser of `adasam NAME`. It raises `ValueError` for a wrong command line."""
+    """The parser of `adasam NAME`; it raises `ValueError` for a wrong command line."""
 
     def __init__(self, name: str, description: str) -> None:
         super().__init__(
@@ -30,7 +30,7 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def is_mistake(error: BaseException) -> bool:
-    """Whether a command raises this for input that it cannot use. All else is a defect, and has its traceback."""
+    """Whether the error means input that the command cannot use. Any other is a bug, and shows its traceback."""
     return isinstance(error, ValueError | OSError | NotImplementedError) or _extra(error) is not None
 
 
@@ -41,7 +41,7 @@ def _extra(error: BaseException) -> tuple[str, str] | None:
 
 
 def sentence(error: BaseException) -> str:
-    """An error in one line, for a person who does not know the code."""
+    """An error in one line, for someone who does not know the code."""
     if (missing := _extra(error)) is not None:
         return f"the package {missing[0]} is not installed; pip install 'adasam_hf[{missing[1]}]'"
     if isinstance(error, OSError) and error.filename is not None and error.strerror:

@@ -1,4 +1,4 @@
-"""What a run says of itself when it starts."""
+"""The line that describes a run when it starts."""
 
 from collections.abc import Collection, Sequence
 
@@ -26,7 +26,7 @@ def describe(
 
     Args:
         radii: one for each parameter group.
-        chosen: the parameters that may move; None for all.
+        chosen: the parameters that may be perturbed; None for all.
         ascent_share: the share of the first optimizer step's rows that the ascent sees; None if not known yet.
     """
     name = type(innermost(optimizer)).__name__
@@ -104,12 +104,12 @@ def _passes(args: SharpnessAwareArgumentsMixin, ascent_share: float | None) -> s
 
 
 def describe_reuse(model: nn.Module, window: Window) -> str:
-    """One line, after the first step: how much of the model the second pass has taken from the first."""
+    """One line after the first step: how much of the model the second pass takes from the first."""
     own = set(model.parameters())
     reused = {p for module in window.reused for p in module.parameters()}
     count, total, beside = (sum(p.numel() for p in params) for params in (reused & own, own, reused - own))
     others = f" and {beside:,} of other models" if beside else ""
     return (
         f"sam_cache_frozen: the second pass takes from the first what frozen modules with {count:,} of {total:,} "
-        f"parameters{others} have computed; it keeps {window.reused_bytes / 2**20:.1f} MiB of outputs for a step"
+        f"parameters{others} computed; this holds {window.reused_bytes / 2**20:.1f} MiB of outputs during a step"
     )

@@ -1,4 +1,4 @@
-"""`adasam env`: what a bug report needs, and nothing that is private."""
+"""`adasam env`: what a bug report needs, and nothing private."""
 
 import platform
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from importlib import metadata
 
 from .console import CommandParser
 
-DESCRIPTION = """Print versions and devices for a bug report, without paths, names of machines, or settings.
+DESCRIPTION = """Print versions and devices for a bug report, without paths, host names or settings.
 
     adasam env
 """
@@ -25,7 +25,7 @@ OPTIONAL = ("peft", "trl", "sentence-transformers", "setfit", "pytorch-lightning
 
 
 def environment() -> dict[str, str]:
-    """Name → version or description; an optional package that is not installed has no entry."""
+    """Name → version or description. Optional packages that are not installed are left out."""
     found = {"Python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}"}
     found |= {name: _version(name) or "not installed" for name in PACKAGES}
     found |= {name: version for name in OPTIONAL if (version := _version(name))}
@@ -34,7 +34,7 @@ def environment() -> dict[str, str]:
 
 def _version(package: str) -> str | None:
     if package == "adasam_hf":
-        from . import __version__  # also of a checkout that is not installed
+        from . import __version__  # works even in a checkout that is not installed
 
         return __version__
     try:

@@ -1,4 +1,4 @@
-"""Warns during training of a radius that does not do its job."""
+"""Warnings during training about a radius that does not work."""
 
 import math
 from collections.abc import Collection
@@ -9,22 +9,22 @@ logger = logging.get_logger(__name__)
 
 _PATIENCE = 20  # steps in a row
 _FAR = 2.0  # times the highest loss of the run so far
-_STRETCH = 25  # steps whose mean loss is compared with that of the first so many
-_STUCK = 0.98  # of the mean loss of the first stretch
-_STEEP = 0.05  # of the loss
+_STRETCH = 25  # steps in each stretch whose mean loss is compared with the first one's
+_STUCK = 0.98  # times the mean loss of the first stretch
+_STEEP = 0.05  # times the loss
 
 
 class RadiusMonitor:
-    """Warns, once each, of a radius that is far too large, of one that rounding swallows, and of plain steps.
+    """Warns, once each, about a radius that is far too large, a perturbation lost to rounding, and plain steps.
 
-    Too large, with a first pass: for 20 steps on end the loss at w + δ is more than twice the highest loss at w so
-    far, so that the neighbourhood knows less than the untrained model; or, once the warm-up is over, the mean loss of
-    two stretches of 25 steps running is that of the first stretch, while at w + δ it is more than 5 % higher: the run
-    may have collapsed to chance.
+    A radius is too large (in runs with a first pass) if for 20 steps in a row the loss at w + δ is more than twice the
+    highest loss at w so far, so that the perturbed weights know less than the untrained model; or if, after warm-up,
+    the mean loss of two successive stretches of 25 steps has not fallen below that of the first stretch, while the loss
+    at w + δ is more than 5 % higher: the run may have collapsed to chance.
 
     Args:
         rho: the radius of the arguments, before any schedule.
-        name: of that argument.
+        name: the name of that argument.
     """
 
     def __init__(self, rho: float, name: str = "sam_rho") -> None:
@@ -61,7 +61,7 @@ class RadiusMonitor:
             self._look_for_collapse(steps, loss, values["sam_gap"])
 
     def plain_steps(self, steps: float, planned: int, reasons: Collection[str]) -> None:
-        """Of `planned` steps only `steps` were perturbed."""
+        """Warn that only `steps` of `planned` steps were perturbed."""
         for reason in sorted(reasons):
             self._warn_once(
                 reason,
@@ -70,7 +70,7 @@ class RadiusMonitor:
             )
 
     def never(self, planned: int, reasons: Collection[str]) -> None:
-        """A training has ended in which none of the `planned` steps was perturbed."""
+        """Warn at the end of a training in which none of the `planned` steps was perturbed."""
         if not planned:
             logger.warning(
                 f"{self._name}={self._rho:g}, but this was plain training, as no step was planned to be perturbed: it "

@@ -19,21 +19,21 @@ def sam_gap(model: nn.Module, batches: Iterable[Batch], rho: float) -> float: ..
 @overload
 def sam_gap(model: nn.Module, batches: Iterable[Batch], rho: Iterable[float]) -> list[float]: ...
 def sam_gap(model: nn.Module, batches: Iterable[Batch], rho: float | Iterable[float]) -> float | list[float]:
-    r"""Mean over batches of L_B(w + ρ s/‖s‖₂) - L_B(w), s = ∇L_B(w): how much the worst nearby weights lose.
+    r"""Mean over batches of L_B(w + ρ s/‖s‖₂) - L_B(w), s = ∇L_B(w): the rise in loss at the worst nearby weights.
 
     The trainer logs the same quantity for its training batches, with dropout. Here the model is in eval mode, so
-    that models can be compared. (The ascent of SAM, arXiv:2010.01412, used as a measure.)
+    that models can be compared. (It is the perturbation of SAM, arXiv:2010.01412, used as a measure.)
 
     Args:
         model: called as ``model(**batch)``; its output has ``.loss``, a mean over the batch (0-d).
-        batches: tensors by name, rows first, on the model's device; `len` is not needed.
-        rho: radius > 0, in weight units, or several. Cost for each batch: a forward and a backward pass, and one more
+        batches: tensors by name, rows first, on the model's device; any iterable.
+        rho: radius > 0, in weight units, or several. Cost: a forward and a backward pass for each batch, plus a
             forward pass for each radius; and one copy of the weights.
 
-    Returns: the mean gap, or one for each radius. The weights are as before, bit for bit; gradients are cleared.
+    Returns: the mean gap, or one for each radius. The weights are restored, bit for bit; gradients are cleared.
 
     Raises:
-        ValueError: for a bad radius or without batches.
+        ValueError: for a bad radius or no batches.
     """
     several = isinstance(rho, Iterable) and getattr(rho, "ndim", 1) > 0
     radii = [float(radius) for radius in rho] if several else [float(rho)]  # type: ignore[union-attr, arg-type]
@@ -51,7 +51,7 @@ def sam_gap(model: nn.Module, batches: Iterable[Batch], rho: float | Iterable[fl
             gaps.append([])
             for radius in radii:
                 for p, gradient in zip(params, gradients, strict=True):
-                    p.grad = gradient  # which perturbing takes away
+                    p.grad = gradient  # perturbing removes it
                 with perturbation.perturbed(radius), torch.no_grad():
                     gaps[-1].append(float(model(**batch).loss - loss))
     if not gaps:
@@ -65,27 +65,28 @@ def average_sharpness(
 ) -> float:
     r"""Mean over batches and random directions u, ‖u‖₂ = 1, of (L_B(w + ρu) + L_B(w - ρu))/2 - L_B(w).
 
-    How much typical nearby weights lose, where `sam_gap` asks for the worst (to first order). u and -u go together, so
-    that the slope ρ∇L·u, whose mean is 0 and whose spread is far above what is sought, cancels. For small radii it is
-    ρ²·tr(∇²L)/2n with n parameters, so it takes a far larger radius to show anything. (The average-case sharpness of
-    arXiv:2302.07011, with a radius in place of a variance.)
+    How much the loss rises at typical nearby weights, where `sam_gap` takes the worst ones (to first order). Each u is
+    paired with -u, to cancel the slope ρ∇L·u, whose mean is 0 and whose spread would swamp the result. For small radii
+    the measure is ρ²·tr(∇²L)/2n with n parameters, so it takes a far larger radius to show anything. (It is the
+    average-case sharpness of arXiv:2302.07011, with a radius in place of a variance.)
 
     Args:
-        model, batches: as in `sam_gap`, which each direction sees all of.
+        model, batches: as in `sam_gap`; each direction is measured on all batches.
         rho: radius > 0, in weight units.
-        samples: directions, at least 1. Cost: 2·samples + 1 forward passes for each batch, and one copy of the weights.
-        seed: of the directions.
+        samples: number of directions, at least 1. Cost: 2·samples + 1 forward passes for each batch, and one copy of
+            the weights.
+        seed: random seed of the directions.
 
-    Returns: the mean rise. The weights are as before, bit for bit.
+    Returns: the mean rise. The weights are restored, bit for bit.
 
     Raises:
-        ValueError: for a bad radius or count, or without batches.
+        ValueError: for a bad radius or count, or no batches.
     """
     if not rho > 0 or samples < 1 or not batches:
         raise ValueError(
             f"rho={rho!r} must be > 0, samples={samples!r} at least 1, and batches not empty ({len(batches)} given)"
         )
-    generator = torch.Generator().manual_seed(seed)  # on the host, so that devices agree
+    generator = torch.Generator().manual_seed(seed)  # on the host, so that all devices draw the same
     params = [p for p in model.parameters() if p.requires_grad]
     perturbation = Perturbation(torch.optim.SGD(params, lr=0.0))
     held = [p.grad for p in params]
@@ -97,7 +98,7 @@ def average_sharpness(
                 direction = [torch.randn(p.shape, generator=generator).to(p) for p in params]
                 for sign in (1, -1):
                     for p, part in zip(params, direction, strict=True):
-                        p.grad = sign * part  # a tensor of its own, which perturbing takes away
+                        p.grad = sign * part  # a new tensor, because perturbing removes it
                     with perturbation.perturbed(rho):
                         rises += [float(model(**batch).loss) - loss for batch, loss in zip(batches, clean, strict=True)]
     finally:
@@ -115,18 +116,18 @@ def top_eigenvalues(
     is what the worst direction adds at second order: L(w + ρv₁) ≈ L(w) + ρ ∇L·v₁ + ρ²λ₁/2.
 
     Args:
-        model: called as ``model(**batch)``; its output has ``.loss``. Its attention must have a second derivative,
-            which that of SDPA has not: ``model.set_attn_implementation("eager")``.
-        batches: on the model's device. Cost: about three passes over all of them for each of some 10 to 30 products,
-            and 2·count + 1, at least 8, vectors of the model's size in float32.
-        count: at least 1.
+        model: called as ``model(**batch)``; its output has ``.loss``. Its attention must have a second derivative;
+            SDPA has none, so call ``model.set_attn_implementation("eager")`` first.
+        batches: on the model's device. Cost: 10 to 30 products, each of about three passes over all batches, and
+            max(2·count + 1, 8) vectors of the model's size in float32.
+        count: how many eigenvalues, at least 1.
         tolerance: relative accuracy of the eigenvalues.
-        seed: of the start vector.
+        seed: random seed of the start vector.
 
     Returns: `count` numbers.
 
     Raises:
-        ValueError: without batches, for a bad count, or where the attention has no second derivative.
+        ValueError: for no batches, a bad count, or attention without a second derivative.
     """
     params = [p for p in model.parameters() if p.requires_grad]
     shapes = [p.numel() for p in params]
@@ -154,14 +155,14 @@ def top_eigenvalues(
     start = np.random.default_rng(seed).standard_normal(size).astype(np.float32)
     with _evaluating(model):
         hessian = LinearOperator((size, size), matvec=product, dtype=np.float32)
-        # SciPy's own choice of 20 basis vectors costs 20 products at least; the top of a Hessian stands out
+        # SciPy's default of 20 basis vectors costs at least 20 products; the top eigenvalues of a Hessian need fewer
         basis = max(2 * count + 1, 8)
         try:
             values = eigsh(hessian, k=count, which="LA", ncv=basis, tol=tolerance, v0=start, return_eigenvectors=False)
         except ArpackError:
             if product(start).any():
                 raise
-            values = np.zeros(count)  # ARPACK takes a Hessian of 0 for a bad start vector
+            values = np.zeros(count)  # for a Hessian of 0, ARPACK complains about the start vector
     return sorted(map(float, values), reverse=True)
 
 
@@ -173,14 +174,14 @@ def refuse_fused_attention(model: nn.Module) -> None:
     used = getattr(getattr(model, "config", None), "_attn_implementation", None)
     if used not in (None, "eager"):
         raise ValueError(
-            f"attn_implementation={used!r} has no second derivative in torch, which Hessians are made of; load the "
+            f"attn_implementation={used!r} has no second derivative in torch, which a Hessian needs; load the "
             "model with attn_implementation='eager', or call model.set_attn_implementation('eager')"
         )
 
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; afterwards every module's own mode again, and no gradients."""
+    """Eval mode inside; afterwards every module is back in its own mode, and gradients are cleared."""
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -194,13 +195,12 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 def filter_normalized(model: nn.Module, seed: int = 0) -> list[torch.Tensor]:
     r"""A random direction in which the loss landscapes of different models can be compared (arXiv:1712.09913).
 
-    Gaussian noise, each filter d_i of which, a row of a matrix or of a convolution's kernel, has the norm of the
-    weights it is for: ‖d_i‖ = ‖w_i‖. (GPT-2's `Conv1D` keeps its matrices the other way round, so there it is the
-    weights of one input that are normalized together.) Biases and normalization parameters, which have no filters,
-    stay: their part is 0.
+    Gaussian noise in which each filter d_i (a row of a matrix, or an output channel of a convolution) is scaled to the
+    norm of the weights that it belongs to: ‖d_i‖ = ‖w_i‖. (GPT-2's `Conv1D` stores its matrices transposed, so there
+    the weights of one input are scaled together.) Biases and normalization parameters have no filters; their part is 0.
 
-    Returns: one tensor for each trainable parameter, in order, on its device. The same seed gives models of the same
-    shapes the same noise.
+    Returns: one tensor for each trainable parameter, in order, on its device. With the same seed, models of the same
+    shapes get the same noise.
     """
     generator = torch.Generator().manual_seed(seed)
     direction = []
@@ -224,15 +224,15 @@ def loss_along(
     r"""L(w + Σ_k c_k d_k), the mean over batches, for each of the `coefficients` c.
 
     Args:
-        model, batches: as in `sam_gap`. Cost: one forward pass over all batches for each point, and a copy of the
+        model, batches: as in `sam_gap`. Cost: one forward pass over all batches for each point, and one copy of the
             weights.
-        directions: one or more, as from `filter_normalized`.
-        coefficients: points, each with as many numbers as there are directions.
+        directions: one or more, such as those of `filter_normalized`.
+        coefficients: points, each with one number for each direction.
 
-    Returns: one loss for each point. The weights are as before, bit for bit.
+    Returns: one loss for each point. The weights are restored, bit for bit.
 
     Raises:
-        ValueError: without batches.
+        ValueError: for no batches.
     """
     if not batches:
         raise ValueError("batches is empty; give at least one")

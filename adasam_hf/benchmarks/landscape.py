@@ -1,4 +1,4 @@
-"""The loss around the weights of checkpoints, drawn side by side."""
+"""Draw the loss around the weights of several checkpoints, side by side."""
 
 import argparse
 from importlib import import_module
@@ -17,7 +17,7 @@ from ..glue.tasks import get_task
 from ..sharpness import filter_normalized, loss_along
 
 Losses: TypeAlias = dict[str, list[float]]
-"""`line`: over the coefficients of one direction; `plane`: over the square of two."""
+"""Losses along one direction (`line`) and on the plane of two (`plane`)."""
 
 
 def read_batches(
@@ -32,10 +32,10 @@ def read_batches(
         data = load_task(task, args.dataset_name_or_path, ["train"])
     wanted = [name.lower() for name in task.labels]
     if len(names) != max(len(wanted), 1):
-        raise ValueError(f"a checkpoint has {len(names)} labels, {names}, and the rows have {len(wanted)}, {wanted}")
+        raise ValueError(f"a checkpoint has {len(names)} labels, {names}, but the rows have {len(wanted)}, {wanted}")
     if sorted(names) == sorted(wanted) and names != wanted:
         raise ValueError(
-            f"a checkpoint has its labels in the order {names}, the rows in {wanted}: losses would be wrong"
+            f"a checkpoint has its labels in the order {names}, but the rows in {wanted}: losses would be wrong"
         )
     rows = data["train"].select(range(min(args.rows, len(data["train"]))))
     batches = []
@@ -48,7 +48,7 @@ def read_batches(
 
 
 def measure(path: Path, args: argparse.Namespace) -> Losses:
-    """The losses of one checkpoint: `line` over the coefficients, `plane` over their square."""
+    """The losses of one checkpoint, on the line and on the plane."""
     model = AutoModelForSequenceClassification.from_pretrained(resolve_path(str(path)))
     names = [name.lower() for _, name in sorted(model.config.id2label.items())]
     batches = read_batches(args, AutoTokenizer.from_pretrained(resolve_path(str(path))), names)
@@ -64,7 +64,7 @@ def measure(path: Path, args: argparse.Namespace) -> Losses:
 
 
 def plot(found: dict[str, Losses], args: argparse.Namespace) -> None:
-    """One panel of lines, then one of contours for each checkpoint."""
+    """One panel with the lines of all checkpoints, then one with the contours of each."""
     import matplotlib
     import matplotlib.colors
 
@@ -77,7 +77,7 @@ def plot(found: dict[str, Losses], args: argparse.Namespace) -> None:
     values = np.concatenate([losses["plane"] for losses in found.values()])
     values = values[np.isfinite(values)]
     low = max(values.min(), 1e-6)
-    levels = np.geomspace(low, max(values.max(), 1.01 * low), 16)  # distinct, also for a flat loss
+    levels = np.geomspace(low, max(values.max(), 1.01 * low), 16)  # distinct even for a flat loss
     for axis, (name, losses) in zip(axes[1:], found.items(), strict=True):
         axes[0].plot(line, losses["line"], label=name)
         plane = np.ma.masked_invalid(np.reshape(losses["plane"], (args.grid, args.grid)))
@@ -92,18 +92,18 @@ def plot(found: dict[str, Losses], args: argparse.Namespace) -> None:
 
 
 def draw(args: argparse.Namespace) -> list[str]:
-    """Measure all checkpoints, and write the picture and its numbers. Returns their names.
+    """Measure all checkpoints, then write the figure and its numbers. Returns the checkpoints' names.
 
     Raises:
-        ValueError: if the loss of one is not a number anywhere.
+        ValueError: if the loss of a checkpoint is not finite anywhere.
     """
-    import_module("matplotlib")  # if it is missing, now rather than after the measurements
+    import_module("matplotlib")  # fail before the measurements if it is missing
     logging.set_verbosity_error()
     names = [path.name for path in args.checkpoints]
     names = names if len(set(names)) == len(names) else [str(path) for path in args.checkpoints]
     found = {name: measure(path, args) for name, path in zip(names, args.checkpoints, strict=True)}
     if lost := [name for name, losses in found.items() if not np.isfinite(losses["line"]).any()]:
-        raise ValueError(f"the loss of {', '.join(lost)} is not a number anywhere; has its training diverged?")
+        raise ValueError(f"the loss of {', '.join(lost)} is not finite anywhere; did its training diverge?")
     write_json(args.output.with_suffix(".json"), {**provenance(), "arguments": vars(args), "losses": found})
     plot(found, args)
     return names

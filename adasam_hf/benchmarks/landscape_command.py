@@ -12,11 +12,12 @@ DESCRIPTION = """Draw the loss landscapes of several checkpoints, side by side i
     adasam landscape runs/quickstart/amsgrad-42 runs/quickstart/adasam-42 \\
         --train_file runs/quickstart/data/train.csv --output landscape.png
 
-Each checkpoint is a classifier that Transformers loads, with its tokenizer. Left: the training loss along one random
-direction, all checkpoints in one panel. Then, for each, the loss on the plane of two. Directions are filter-normalized
-(arXiv:1712.09913), so that they compare across scales of weights; all checkpoints get the same noise, the same rows
-and the same colours. Writes the numbers beside the picture, as JSON. Cost: --points + --grid² passes over the rows for
-each checkpoint, minutes on a CPU. Needs matplotlib: pip install 'adasam_hf[report]'.
+Each checkpoint is a classifier that Transformers can load, with its tokenizer. The first panel shows the training loss
+of all checkpoints along one random direction; then each checkpoint has a panel with the loss on the plane of two.
+Directions are filter-normalized (arXiv:1712.09913), so that models with weights of different scale can be compared. All
+checkpoints share the same noise, rows and colours. The numbers are written next to the figure, as JSON. Cost: --points
++ --grid² forward passes over the rows for each checkpoint, which takes minutes on a CPU. Needs matplotlib:
+pip install 'adasam_hf[report]'.
 """
 FORMATS = (".png", ".pdf", ".svg", ".jpg")
 
@@ -27,19 +28,44 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         ValueError, FileNotFoundError: before anything is loaded.
     """
     parser = CommandParser("landscape", DESCRIPTION)
-    parser.add_argument("checkpoints", type=Path, nargs="+", help="folders of models")
-    parser.add_argument("--train_file", help="rows, as in `adasam glue`")
-    parser.add_argument("--text_column_names", help="its one or two text columns, separated by a comma")
-    parser.add_argument("--task_name", choices=list(TASKS), help="a GLUE task instead")
-    parser.add_argument("--dataset_name_or_path", default="nyu-mll/glue", help="as in `adasam glue`")
-    parser.add_argument("--rows", type=int, default=128, help="training rows that the loss is taken of")
-    parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--max_seq_length", type=int, default=64)
-    parser.add_argument("--extent", type=float, default=0.5, help="at 1 a direction is as long as the weights")
-    parser.add_argument("--points", type=int, default=21, help="on the line")
-    parser.add_argument("--grid", type=int, default=9, help="in each direction of the plane")
-    parser.add_argument("--seed", type=int, default=0, help="of the directions")
-    parser.add_argument("--output", type=Path, default=Path("landscape.png"))
+    parser.add_argument("checkpoints", type=Path, nargs="+", help="folders of fine-tuned models")
+    parser.add_argument("--train_file", help="your own rows: CSV, TSV, JSON or JSONL")
+    parser.add_argument("--text_column_names", help="the one or two text columns of --train_file, comma-separated")
+    parser.add_argument("--task_name", choices=list(TASKS), help="a GLUE task, in place of --train_file")
+    parser.add_argument(
+        "--dataset_name_or_path",
+        default="nyu-mll/glue",
+        help="GLUE on the Hub, or a local folder with the same layout (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--rows", type=int, default=128, help="number of training rows to measure the loss on (default: %(default)s)"
+    )
+    parser.add_argument("--batch_size", type=int, default=32, help="rows per forward pass (default: %(default)s)")
+    parser.add_argument(
+        "--max_seq_length",
+        type=int,
+        default=64,
+        help="maximum number of tokens; longer inputs are truncated (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--extent",
+        type=float,
+        default=0.5,
+        help="how far to move along a direction; 1 is the norm of the weights (default: %(default)s)",
+    )
+    parser.add_argument("--points", type=int, default=21, help="number of points on the line (default: %(default)s)")
+    parser.add_argument(
+        "--grid", type=int, default=9, help="number of points along each side of the plane (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="random seed for drawing the directions (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("landscape.png"),
+        help="figure to write: .png, .pdf, .svg or .jpg (default: %(default)s)",
+    )
     args = parser.parse_args(argv)
     if bool(args.train_file) == bool(args.task_name):
         parser.error("give one of --train_file and --task_name")

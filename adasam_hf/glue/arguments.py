@@ -1,4 +1,4 @@
-"""The arguments of one fine-tuning run: three dataclasses, YAML files of their values, and the parser."""
+"""The arguments of one fine-tuning run: three dataclasses, YAML files with their values, and the parser."""
 
 import argparse
 import json
@@ -22,95 +22,106 @@ DESCRIPTION = """Fine-tune a classifier on a GLUE task or on your own sentences.
     adasam glue --train_file train.csv --validation_file dev.csv --model_name_or_path roberta-base \\
         --optim adasam --do_train --do_eval --output_dir runs/mine
 
-The model, its scores, predictions and record.json, which has all that is needed to repeat the run, go to output_dir.
+The model, its scores and predictions, and record.json (everything needed to repeat the run) go to output_dir.
 """
 
 
 @dataclass
 class ModelArguments:
-    """Which model is fine-tuned."""
+    """The model to fine-tune."""
 
     model_name_or_path: str = field(
-        metadata={"help": "A model on the hub, a folder, or pip:PACKAGE/PATH inside an installed package."}
+        metadata={"help": "A model on the Hub, a local folder, or pip:PACKAGE/PATH inside an installed package."}
     )
-    tokenizer_name: str | None = field(default=None, metadata={"help": "Its tokenizer, if it lies elsewhere."})
-    cache_dir: str | None = field(default=None, metadata={"help": "Where to keep what is downloaded."})
-    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model."})
+    tokenizer_name: str | None = field(default=None, metadata={"help": "The tokenizer, if it is not the model's own."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Folder for downloads."})
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model on the Hub."})
     ignore_mismatched_sizes: bool = field(
-        default=False, metadata={"help": "Replace a head whose number of labels is not the task's by a new one."}
+        default=False,
+        metadata={"help": "If the model's head has the wrong number of labels, replace it with a new one."},
     )
     init_from: str | None = field(
         default=None,
         metadata={
-            "help": "A finished run of this script (its output_dir): start from its weights under a new head (as "
-            "RTE, MRPC and STS-B from MNLI in the paper ). model_name_or_path stays that of "
-            "the run."
+            "help": "The output_dir of a finished run: start from its weights, with a new head (as the paper starts "
+            "RTE, MRPC and STS-B from MNLI). model_name_or_path must be the same as in that run."
         },
     )
     trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run code from the model's repository. Only for repositories you have read."}
+        default=False,
+        metadata={"help": "Run code from the model's repository. Use it only if you have read that code."},
     )
 
 
 @dataclass
 class DataArguments:
-    """Which task, and where its rows come from."""
+    """The task, and where its rows come from."""
 
     task_name: str | None = field(default=None, metadata={"help": f"A GLUE task: {', '.join(TASKS)}."})
     dataset_name_or_path: str = field(
-        default="nyu-mll/glue", metadata={"help": "GLUE on the hub, or a local folder in the same layout."}
+        default="nyu-mll/glue", metadata={"help": "GLUE on the Hub, or a local folder with the same layout."}
     )
     train_file: str | None = field(default=None, metadata={"help": "Your own training rows: CSV, TSV, JSON or JSONL."})
-    validation_file: str | None = field(default=None, metadata={"help": "Your own validation rows."})
-    test_file: str | None = field(default=None, metadata={"help": "Your own rows to predict."})
+    validation_file: str | None = field(
+        default=None, metadata={"help": "Your own validation rows, in the same formats."}
+    )
+    test_file: str | None = field(default=None, metadata={"help": "Your own rows to predict, in the same formats."})
     text_column_names: str | None = field(
-        default=None, metadata={"help": "The one or two text columns of your files, separated by a comma."}
+        default=None, metadata={"help": "The one or two text columns of your files, comma-separated."}
     )
     label_column_name: str = field(default="label", metadata={"help": "The label column of your files."})
-    max_seq_length: int = field(default=128, metadata={"help": "Longer inputs are cut to so many tokens."})
+    max_seq_length: int = field(
+        default=128, metadata={"help": "Maximum number of tokens; longer inputs are truncated."}
+    )
     pad_to_max_length: bool = field(
         default=False,
-        metadata={"help": "Pad all inputs to max_seq_length, instead of a batch to its longest, in multiples of 8."},
+        metadata={"help": "Pad every input to max_seq_length, not each batch to its longest input (a multiple of 8)."},
     )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first so many rows only."})
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "Train on at most this many rows, the first ones."}
+    )
     subset_seed: int | None = field(
         default=None,
         metadata={
-            "help": "Shuffle the training rows by this seed before max_train_samples and held_out_samples are taken. "
-            "Unset: in the order of the data."
+            "help": "Shuffle the training rows with this seed before max_train_samples and held_out_samples are taken. "
+            "If unset, they stay in the order of the data."
         },
     )
     held_out_samples: int | None = field(
         default=None,
         metadata={
-            "help": "Evaluate on so many training rows, which are held out (those after max_train_samples, or the last "
-            "ones), instead of the validation split: for choosing hyperparameters."
+            "help": "To choose hyperparameters: hold this many training rows out of training (those after "
+            "max_train_samples, or the last ones), and evaluate on them instead of the validation split."
         },
     )
     selection_samples: int | None = field(
         default=None,
         metadata={
-            "help": "Do not train on the last so many training rows, but evaluate on them during training, so that "
-            "load_best_model_at_end keeps what is best on them; the scores at the end are of other rows."
+            "help": "Hold out this many rows at the end of the training rows, and evaluate on them during training, "
+            "so that load_best_model_at_end keeps the best checkpoint on them. The final scores are on other rows."
         },
     )
     label_noise: float | None = field(
         default=None,
         metadata={
-            "help": "Give this share of the training rows another label, drawn by subset_seed (unset: 0). Rows that "
-            "are evaluated keep theirs."
+            "help": "Give this share of the training rows a wrong label, drawn with subset_seed (0 if that is unset). "
+            "Evaluation rows keep their labels."
         },
     )
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on the first so many rows only."})
-    max_predict_samples: int | None = field(default=None, metadata={"help": "Predict the first so many rows only."})
+    max_eval_samples: int | None = field(
+        default=None, metadata={"help": "Evaluate on at most this many rows, the first ones."}
+    )
+    max_predict_samples: int | None = field(
+        default=None, metadata={"help": "Predict at most this many rows, the first ones."}
+    )
     measure_gap: float | None = field(
         default=None,
         metadata={
             "help": "After training, measure sam_gap of the final weights at this radius, on four training batches "
-            "without dropout (final_sam_gap): how sharp they are, whatever the optimizer was."
+            "without dropout. The record has the result as final_sam_gap; it compares weights of any optimizers."
         },
     )
-    overwrite_cache: bool = field(default=False, metadata={"help": "Tokenize again what has been tokenized before."})
+    overwrite_cache: bool = field(default=False, metadata={"help": "Tokenize again instead of using cached results."})
 
     def __post_init__(self) -> None:
         if self.task_name is not None:
@@ -118,8 +129,8 @@ class DataArguments:
             get_task(self.task_name)
         elif self.train_file is None:
             raise ValueError(
-                f"task_name and train_file are not set; name a task ({', '.join(TASKS)}) or a file (which defines the "
-                "labels, so it is needed also where nothing is trained)"
+                f"task_name and train_file are not set; give a task ({', '.join(TASKS)}) or a file (needed even "
+                "without training, because it defines the labels)"
             )
         for name in (
             "max_seq_length",
@@ -142,7 +153,7 @@ class DataArguments:
 
 @dataclass(repr=False)
 class GlueTrainingArguments(AdaSAMTrainingArguments):
-    """`AdaSAMTrainingArguments`; one of the three jobs must be asked for."""
+    """`AdaSAMTrainingArguments` that ask for training, evaluation or prediction."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -153,10 +164,10 @@ class GlueTrainingArguments(AdaSAMTrainingArguments):
 def config_tokens(path: str, known: set[str]) -> list[str]:
     """A YAML file as command-line tokens, so that argparse converts and checks its values.
 
-    (PyYAML takes 1e-5 for text, and a dataclass would keep it so.)
+    (PyYAML reads 1e-5 as text, and a dataclass would keep it that way.)
 
     Raises:
-        FileNotFoundError: without the file.
+        FileNotFoundError: if the file does not exist.
         ValueError: if it is not YAML or not a mapping, or has a key that is not `known`.
     """
     text = read_text(find_config(path), f"config={path!r}")
@@ -179,21 +190,21 @@ def config_tokens(path: str, known: set[str]) -> list[str]:
     return tokens
 
 
-# HfArgumentParser rewrites the types of the dataclasses' fields while it reads them: no two threads at once.
+# HfArgumentParser rewrites the types of the dataclasses' fields while it reads them, so threads take turns.
 _PARSING = threading.Lock()
 
 
 class _Parser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise ValueError(message)  # without the usage, which is as long as Transformers' arguments are many
+        raise ValueError(message)  # without the usage, which lists all of Transformers' arguments
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Help texts with their defaults, below a description as it is."""
+    """Appends defaults to the help texts, and leaves the description's line breaks alone."""
 
 
 def parse(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, GlueTrainingArguments]:
-    """Arguments from `argv`, where each --config FILE.yaml stands for its entries and all others come after them."""
+    """Arguments from `argv`. Each --config FILE.yaml stands for its entries, over which all other flags win."""
     classes = (ModelArguments, DataArguments, GlueTrainingArguments)
     with _PARSING:
         parser = _Parser(
@@ -205,7 +216,11 @@ def parse(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, GlueTrain
             conflict_handler="resolve",
         )
     parser.add_argument(
-        "--config", action="append", default=[], metavar="FILE.yaml", help="Read arguments from FILE; may be repeated."
+        "--config",
+        action="append",
+        default=[],
+        metavar="FILE.yaml",
+        help="Read arguments from this file. Repeatable: later files win over earlier ones, and flags over all files.",
     )
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", action="append", default=[])

@@ -1,4 +1,4 @@
-"""AdaSAM beside AMSGrad on the same rows with the same seeds."""
+"""Compare AdaSAM with AMSGrad on the same rows with the same seeds."""
 
 import itertools
 import statistics
@@ -38,7 +38,7 @@ def fine_tune(optim: str, seed: int, files: dict[str, Path], output_dir: Path, m
             *(f"--{name}={value}" for name, value in OPTIMIZERS[optim].items()),
             f"--seed={seed}",
             f"--subset_seed={seed}",
-            f"--use_cpu={not torch.accelerator.is_available()}",  # bf16 on a CPU must be asked for
+            f"--use_cpu={not torch.accelerator.is_available()}",  # bf16 needs it on a CPU
             *more,
         ]
     )
@@ -62,7 +62,7 @@ COLUMNS = ("accuracy", "loss", "calibration", "sam_gap")
 
 
 def table(rows: list[Row]) -> str:
-    """One line for each optimizer: means, and standard deviations where there are several seeds."""
+    """One line for each optimizer: means, and with several seeds standard deviations."""
     out = [f"{'optimizer':<12}" + "".join(f"{name:>18}" for name in COLUMNS) + f"{'seconds':>10}"]
     for optim in OPTIMIZERS:
         mine = [row for row in rows if row["optim"] == optim]
@@ -77,14 +77,14 @@ def table(rows: list[Row]) -> str:
 
 
 def plot_reliability(rows: list[Row], path: Path) -> None:
-    """Accuracy against confidence, bin by bin, over all seeds; the diagonal is what would be right."""
+    """Accuracy against confidence, bin by bin, over all seeds; the diagonal is perfect calibration."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axis = pyplot.subplots(figsize=(4.5, 4))
-    axis.plot([0.5, 1], [0.5, 1], "--", color="gray", label="as sure as right")
+    axis.plot([0.5, 1], [0.5, 1], "--", color="gray", label="perfect calibration")
     for optim in OPTIMIZERS:
         means = merged(found for row in rows if row["optim"] == optim for found in row["reliability"])
         axis.plot([f["confidence"] for f in means], [f["accuracy"] for f in means], "o-", label=optim)

@@ -1,4 +1,4 @@
-"""The YAML files of configs/, from the working directory or as they come with the package."""
+"""Find the YAML files of configs/, in the working directory or in the package."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ CONFIGS = next(folder for folder in (PACKAGE / "configs", PACKAGE.parent / "conf
 
 
 def find_config(name: str | Path) -> Path:
-    """The file `name`. One that begins with configs/ and is not below the working directory is that of the package.
+    """The file `name`, or the package's copy if it begins with configs/ and the working directory lacks it.
 
     Raises:
         FileNotFoundError: if it is in neither place.
@@ -22,12 +22,12 @@ def find_config(name: str | Path) -> Path:
 
 
 def read_text(path: Path, where: str) -> str:
-    """A text file in UTF-8.
+    """The text of a UTF-8 file.
 
     Raises:
-        ValueError: if it is not such a file; the message begins with `where`.
+        ValueError: if it is not UTF-8; the message begins with `where`.
     """
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{where} is not text in UTF-8 ({error}); save it as such") from None
+        raise ValueError(f"{where} is not text in UTF-8 ({error}); save it as UTF-8") from None

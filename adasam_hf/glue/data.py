@@ -1,4 +1,4 @@
-"""From a GLUE task or one's own files to checked splits with integer labels."""
+"""Load a GLUE task, or your own files, as checked splits with integer labels."""
 
 import csv
 import math
@@ -16,7 +16,7 @@ FILE_FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json"}
 
 
 def resolve_path(name: str) -> str:
-    """`pip:PACKAGE/PATH` → that path inside the installed package (which is not imported); other names unchanged.
+    """`pip:PACKAGE/PATH` → that path inside the installed package, without importing it; other names stay as they are.
 
     Raises:
         FileNotFoundError: if the package or the path in it is missing.
@@ -36,7 +36,7 @@ def resolve_path(name: str) -> str:
 def load_task(
     task: Task, name_or_path: str, splits: Iterable[str], cache_dir: str | None = None, token: str | None = None
 ) -> DatasetDict:
-    """A GLUE task from a hub repository or a local folder in its layout.
+    """A GLUE task from a repository on the Hub or a local folder with the same layout.
 
     Raises:
         FileNotFoundError: for a folder that does not exist.
@@ -44,20 +44,21 @@ def load_task(
     """
     if name_or_path.startswith((".", "/", "~")) and not Path(name_or_path).expanduser().is_dir():
         raise FileNotFoundError(
-            f"dataset_name_or_path={name_or_path!r} is not a folder; give a snapshot of nyu-mll/glue, or the hub's name"
+            f"dataset_name_or_path={name_or_path!r} is not a folder; give a local copy of nyu-mll/glue, or its name on "
+            "the Hub"
         )
     name_or_path = str(Path(name_or_path).expanduser()) if name_or_path.startswith("~") else name_or_path
     try:
         available = get_dataset_config_names(name_or_path, token=token)
     except OSError as error:
         raise FileNotFoundError(
-            f"dataset_name_or_path={name_or_path!r} is not a folder, and cannot be had from the hub ({error}); give "
-            "a snapshot of nyu-mll/glue, or the hub's name and a connection"
+            f"dataset_name_or_path={name_or_path!r} is not a folder, and cannot be loaded from the Hub ({error}); "
+            "give a local copy of nyu-mll/glue, or its name on the Hub and a connection"
         ) from error
     if task.name not in available:
         raise ValueError(
             f"dataset_name_or_path={name_or_path!r} has no task {task.name!r}, only {available}; "
-            "the hub's nyu-mll/glue has them all"
+            "nyu-mll/glue on the Hub has them all"
         )
     data = load_dataset(name_or_path, task.name, cache_dir=cache_dir, token=token)
     return _checked(data, task, splits, f"dataset_name_or_path={name_or_path!r}")
@@ -68,12 +69,12 @@ def load_files(
 ) -> tuple[Task, DatasetDict]:
     """Splits from CSV, TSV, JSON or JSON-lines files: split name → path.
 
-    Without a `task`, one is made from the training file: `text_columns` (by default the column of text that is not
-    the label, if there is just one), label names in sorted order, or regression if the labels are fractions.
+    Without a `task`, one is inferred from the training file: its texts are `text_columns` (by default the only text
+    column besides the label), its labels the sorted label names; fractions as labels make it a regression.
 
     Raises:
         FileNotFoundError: for a missing file.
-        ValueError: for an unknown format or column, a file that is empty or broken, a missing split, or a bad label.
+        ValueError: for an unknown format or column, an empty or broken file, a missing split, or a bad label.
     """
     data = DatasetDict()
     for split, name in files.items():
@@ -84,7 +85,7 @@ def load_files(
             raise ValueError(f"{split}_file={name!r} must end in one of {', '.join(FILE_FORMATS)}")
         data[split] = _read_file(path, f"{split}_file={name!r}")
     if "train" not in data:
-        raise ValueError("train_file is not set, and it defines the labels; pass it also where nothing is trained")
+        raise ValueError("train_file is not set, but it defines the labels; pass it even if nothing is trained")
 
     texts = text_columns or (list(task.texts) if task else None)
     for split, rows in data.items():
@@ -97,7 +98,7 @@ def load_files(
     if not texts:
         texts = [c for c, f in data["train"].features.items() if c != label_column and _is_text(f)]
         if len(texts) != 1:  # of two, one may be an id
-            raise ValueError(f"text_column_names is not set, and these could be meant: {texts}; name one or two")
+            raise ValueError(f"text_column_names is not set, and the text columns are {texts}; name one or two of them")
     data = DatasetDict({s: _named_label(rows, label_column) for s, rows in data.items()})
     task = _infer_task(data["train"], tuple(texts)) if task is None else replace(task, texts=tuple(texts))
     data = DatasetDict(
@@ -112,14 +113,14 @@ def load_files(
 def _read_file(path: Path, where: str) -> Dataset:
     """
     Raises:
-        ValueError: if the file has no rows, or is not what its suffix says.
+        ValueError: if the file has no rows, or is not in the format of its suffix.
     """
-    # "NA" and "null" are words; and in a TSV, as GLUE has them, so is a quotation mark.
+    # "NA" and "null" are words, and in TSV files like GLUE's a quotation mark is an ordinary character.
     options = {"keep_default_na": False, "na_values": [""]} if FILE_FORMATS[path.suffix] == "csv" else {}
     if path.suffix == ".tsv":
         options |= {"sep": "\t", "quoting": csv.QUOTE_NONE}
     if not path.read_bytes().strip():
-        raise ValueError(f"{where} is empty; it takes one row for each text and its label")
+        raise ValueError(f"{where} is empty; it needs one row for each text, with its label")
     try:
         return load_dataset(FILE_FORMATS[path.suffix], data_files=str(path), split="train", **options)
     except DatasetGenerationError as error:
@@ -128,7 +129,7 @@ def _read_file(path: Path, where: str) -> Dataset:
     except ValueError as error:
         if "corresponds to no data" not in str(error):
             raise
-        raise ValueError(f"{where} has no rows; it takes one for each text and its label") from error
+        raise ValueError(f"{where} has no rows; it needs one for each text, with its label") from error
 
 
 def _is_text(feature: object) -> bool:
@@ -155,7 +156,7 @@ def _infer_task(train: Dataset, texts: tuple[str, ...]) -> Task:
         if none := sorted({str(v) for v in values if v == -1 or str(v).strip().lower() == "nan"}):
             raise ValueError(
                 f"training labels have {', '.join(map(repr, none))}, which mostly stands for a label that is unknown; "
-                "remove those rows, or, if it is a class, give it a name in words"
+                "remove those rows or, if this is a class, rename it"
             )
         labels, metrics = tuple(str(v) for v in sorted(values)), ("accuracy",)
         if len(labels) < 2:
@@ -166,10 +167,10 @@ def _infer_task(train: Dataset, texts: tuple[str, ...]) -> Task:
 def _indexed(rows: Dataset, task: Task, where: str, hidden: bool) -> Dataset:
     """Label names → indices.
 
-    hidden: the labels are never read, whatever they are.
+    hidden: the labels are never read, so they may be anything.
 
     Raises:
-        ValueError: for a name that the task does not have.
+        ValueError: for a label that the task does not have.
     """
     if "label" not in rows.column_names or task.is_regression:
         return rows

@@ -8,7 +8,7 @@ import numpy as np
 from scipy.special import log_softmax
 from transformers import EvalPrediction
 
-BINS = 15  # of equal width, of the confidence
+BINS = 15  # of confidence, equally wide
 
 
 def predictions_of(logits: np.ndarray | tuple[np.ndarray, ...], is_regression: bool) -> np.ndarray:
@@ -18,7 +18,7 @@ def predictions_of(logits: np.ndarray | tuple[np.ndarray, ...], is_regression: b
 
 
 def make_compute_metrics(names: Sequence[str], is_regression: bool) -> Callable[[EvalPrediction], dict[str, float]]:
-    """A `compute_metrics` for the named metrics; with several, `combined_score` is their mean, as in GLUE."""
+    """`compute_metrics` for the named metrics; if there are several, `combined_score` is their mean, as in GLUE."""
     module = str(Path(__file__).with_name("glue_metric.py"))
     metrics = [evaluate.load(module, name, keep_in_memory=True) for name in names]
 
@@ -35,12 +35,12 @@ def make_compute_metrics(names: Sequence[str], is_regression: bool) -> Callable[
 
 
 def cross_entropy(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Mean of -log p(label), in nats: the loss on these rows, whatever the loss in training was (label smoothing)."""
+    """Mean of -log p(label), in nats. Unlike the training loss, it never has label smoothing."""
     return float(-log_softmax(np.asarray(logits, dtype=np.float64), axis=-1)[np.arange(len(labels)), labels].mean())
 
 
 def reliability(logits: np.ndarray, labels: np.ndarray) -> list[dict[str, float]]:
-    """Rows by the probability of the predicted class, in `BINS` bins: of each bin that has rows their count, mean
+    """Rows in `BINS` bins by the probability of the predicted class; for each bin that has rows, their count, mean
     confidence and accuracy."""
     probabilities = np.exp(log_softmax(np.asarray(logits, dtype=np.float64), axis=-1))
     confidence, right = probabilities.max(axis=-1), probabilities.argmax(axis=-1) == labels
@@ -57,13 +57,13 @@ def reliability(logits: np.ndarray, labels: np.ndarray) -> list[dict[str, float]
 
 
 def calibration_error(bins: Sequence[dict[str, float]]) -> float:
-    """Expected calibration error, in [0, 1]: mean of |accuracy - confidence| over rows, bin by bin of `reliability`."""
+    """Expected calibration error, in [0, 1]: |accuracy - confidence| by bin of `reliability`, averaged over rows."""
     rows = sum(found["count"] for found in bins)
     return sum(found["count"] * abs(found["accuracy"] - found["confidence"]) for found in bins) / rows
 
 
 def merged(bins: Iterable[dict[str, float]]) -> list[dict[str, float]]:
-    """The bins of several runs' `reliability` as one's, from the lowest confidence on."""
+    """The bins of several runs' `reliability`, merged, lowest confidence first."""
     found: dict[int, list[dict[str, float]]] = {}
     for one in bins:
         found.setdefault(min(int(one["confidence"] * BINS), BINS - 1), []).append(one)
@@ -76,8 +76,8 @@ def merged(bins: Iterable[dict[str, float]]) -> list[dict[str, float]]:
 
 
 def constant_loss(labels: Sequence[float], is_regression: bool) -> float:
-    """The loss of the best constant answer to these labels: their entropy in nats; of numbers their variance. A model
-    whose loss is not below has learned nothing."""
+    """The loss of the best constant answer: the entropy of the labels in nats or, for regression, their variance. A
+    model whose loss is not below it has learned nothing."""
     if is_regression:
         return float(np.var(labels))
     shares = np.unique(labels, return_counts=True)[1] / len(labels)
@@ -85,8 +85,8 @@ def constant_loss(labels: Sequence[float], is_regression: bool) -> float:
 
 
 class Evaluation:
-    """`compute_metrics` of a run: the task's official metrics and, of a classifier, `cross_entropy` and
-    `calibration_error`; the bins of the last rows stay in `reliability`. Logits that are not finite have neither."""
+    """`compute_metrics` of a run: the task's official metrics and, for a classifier with finite logits, `cross_entropy`
+    and `calibration_error`. `reliability` keeps the bins of the latest call."""
 
     def __init__(self, names: Sequence[str], is_regression: bool):
         self.official = make_compute_metrics(names, is_regression)

@@ -1,4 +1,4 @@
-"""The power of paired t tests by its name up to 0.1; it is in `report.statistics`."""
+"""The old import path, up to 0.1, of the power of paired t tests; it is now `report.statistics`."""
 
 from .report.statistics import pairs_for, power, visible_gain
 

@@ -1,4 +1,4 @@
-"""What a run was and what came out of it, in one JSON file."""
+"""The record of a run: what ran and what came of it, in one JSON file."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ PACKAGES = ("torch", "transformers", "accelerate", "datasets", "evaluate", "nump
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write `content` whole or not at all."""
+    """Write `content` as JSON, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with open(temporary, "w", encoding="utf-8") as file:
@@ -31,7 +31,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def provenance() -> dict[str, Any]:
-    """Commit (and whether files differ from it), versions and hardware."""
+    """Commit (and whether the files differ from it), versions and hardware."""
     # An installed copy may lie inside the repository of someone else's project.
     tracked = _git("ls-files", "--error-unmatch", "__init__.py") is not None
     changed = _git("status", "--porcelain", "--untracked-files=no")
@@ -56,8 +56,8 @@ def provenance() -> dict[str, Any]:
 def write_record(
     path: Path, origin: dict[str, Any], trainer: Trainer, arguments: Iterable[Any], metrics: dict[str, Any]
 ) -> None:
-    """The record of a run of `trainer`; `origin` is `provenance` as the run began, `arguments` are dataclasses beside
-    the trainer's own. Tokens are blanked."""
+    """Write the record of a run of `trainer`, with tokens blanked. `origin` is the `provenance` when the run started,
+    `arguments` are dataclasses besides the trainer's own."""
     write_json(
         path,
         {
@@ -72,7 +72,7 @@ def write_record(
 
 
 def _program() -> str:
-    """The name of what runs; `python -m adasam_hf` is `adasam`."""
+    """The name of the program; `python -m adasam_hf` counts as `adasam`."""
     name = Path(sys.argv[0]).name
     return "adasam" if name == "__main__.py" else name
 

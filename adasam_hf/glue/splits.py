@@ -1,4 +1,4 @@
-"""The splits that one run uses: which rows train, which evaluate, which predict; tokenized."""
+"""The splits of one run: which rows it trains, evaluates and predicts on, tokenized."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from .tasks import Task, get_task
 def load_splits(
     data_args: DataArguments, args: GlueTrainingArguments, model_args: ModelArguments
 ) -> tuple[Task, DatasetDict]:
-    """The task and the rows of each split that is used, cut to the numbers that are asked for.
+    """The task, and the rows of each split that the run uses, cut to the sizes asked for.
 
     Raises:
         ValueError, FileNotFoundError: for rows that are missing, broken or too few.
@@ -40,7 +40,7 @@ def load_splits(
     if held_out is not None:
         data |= _hold_out(data["train"], evaluations, held_out, data_args.max_train_samples)
         splits += evaluations
-    # Only what is used is tokenized.
+    # Rows that are not used are not tokenized.
     counts = {"train": data_args.max_train_samples, **dict.fromkeys(evaluations, data_args.max_eval_samples)}
     counts |= dict.fromkeys(tests, data_args.max_predict_samples)
     data = DatasetDict({split: _head(data[split], counts[split]) for split in splits})
@@ -59,9 +59,9 @@ def load_splits(
 
 
 def _with_other_labels(rows: Dataset, task: Task, share: float, seed: int) -> Dataset:
-    """The rows, of which this share has another class, each of the others with the same probability."""
+    """The rows, with a wrong class for this share of them, drawn uniformly from the other classes."""
     if task.is_regression:
-        raise ValueError(f"label_noise={share!r} needs classes, and {task.name} is a regression; leave it unset")
+        raise ValueError(f"label_noise={share!r} needs classes, but {task.name} is a regression; leave it unset")
     labels, random = np.array(rows["label"]), np.random.default_rng(seed)
     chosen = random.choice(len(labels), round(share * len(labels)), replace=False)
     classes = len(task.labels)
@@ -76,7 +76,7 @@ def tokenize_splits(
     data_args: DataArguments,
     args: GlueTrainingArguments,
 ) -> DatasetDict:
-    """The splits with token ids in place of their texts."""
+    """The splits with token ids in place of texts."""
     length = min(data_args.max_seq_length, tokenizer.model_max_length)
 
     def tokenize(rows: dict[str, list[Any]]) -> BatchEncoding:
@@ -101,7 +101,7 @@ def tokenize_splits(
 
 
 def _hold_out(rows: Dataset, evaluations: list[str], count: int, max_train: int | None) -> dict[str, Dataset]:
-    """Training rows without, and each evaluation split made of, the `count` rows that are held out."""
+    """Hold out `count` training rows: the split without them, and each evaluation split made of them."""
     start = min(max_train or len(rows), len(rows) - count)
     if start < 1 or (max_train or 0) > start:
         raise ValueError(

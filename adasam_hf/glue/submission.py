@@ -1,4 +1,4 @@
-"""The files that the GLUE leaderboard takes: written by a run, checked, and put into one zip."""
+"""The files for the GLUE leaderboard: write them in a run, check them, and zip them."""
 
 import os
 import zipfile
@@ -10,7 +10,7 @@ from ..console import CommandParser
 from .configs import read_text
 from .tasks import TASKS, Task, get_task
 
-DESCRIPTION = """Make the zip that the GLUE leaderboard takes, from runs with --do_predict on the nine test sets.
+DESCRIPTION = """Make the zip for the GLUE leaderboard from runs with --do_predict on the nine test sets.
 
     for task in cola sst2 mrpc stsb qqp mnli qnli rte; do
         adasam glue --config configs/glue/$task.yaml --config configs/optim/adasam.yaml --do_predict \\
@@ -21,11 +21,11 @@ DESCRIPTION = """Make the zip that the GLUE leaderboard takes, from runs with --
 
 Each file is checked before anything is written: its header, its number of rows, its indices and its labels.
 
-A submission also has the diagnostic set AX, which is not a task and does not count for the score. If no folder has an
-AX.tsv of yours, one that says "entailment" throughout stands in for it.
+A submission also needs AX.tsv, for the diagnostic set, which does not count towards the score. If none of the folders
+has one, the zip gets a placeholder that predicts "entailment" for every row.
 """
 
-# Of the nine tasks' test sets, and of the diagnostic set.
+# Rows in the nine tasks' test sets and in the diagnostic set.
 ROWS = {
     "CoLA.tsv": 1063,
     "SST-2.tsv": 1821,
@@ -42,7 +42,7 @@ ROWS = {
 
 
 def write_submission(path: Path, task: Task, predictions: Iterable[Any]) -> None:
-    """A TSV file as the GLUE leaderboard takes it: index and prediction; scores of STS-B are cut to [0, 5]."""
+    """Write a TSV file for the GLUE leaderboard: index and prediction, with scores of STS-B clipped to [0, 5]."""
     with open(path, "w", encoding="utf-8") as file:
         file.write("index\tprediction\n")
         for index, value in enumerate(predictions):
@@ -61,7 +61,7 @@ def check(path: Path, task: Task) -> None:
     """
     header, *lines = read_text(path, str(path)).splitlines() or [""]
     if header != "index\tprediction":
-        raise ValueError(f"{path}: its first line is {header!r}, not 'index\\tprediction'; make it with run_glue.py")
+        raise ValueError(f"{path}: its first line is {header!r}, not 'index\\tprediction'; make it with adasam glue")
     if len(lines) != ROWS[path.name]:
         raise ValueError(
             f"{path}: {len(lines)} predictions, the test set has {ROWS[path.name]} rows; predict again without "
@@ -88,7 +88,7 @@ def collect(folders: list[Path]) -> dict[str, Path]:
     """File name → the checked file. AX.tsv may be missing.
 
     Raises:
-        ValueError: for a file that is missing, comes twice, or is not as it must be.
+        ValueError: for a file that is missing, in several folders, or invalid.
     """
     found: dict[str, Path] = {}
     for task in TASKS.values():
@@ -106,12 +106,12 @@ def collect(folders: list[Path]) -> dict[str, Path]:
 
 
 def stand_in(task: Task, rows: int) -> str:
-    """A file that gives each row the task's first label."""
+    """The text of a file that predicts the task's first label for every row."""
     return "".join(["index\tprediction\n", *(f"{index}\t{task.labels[0]}\n" for index in range(rows))])
 
 
 def write_zip(files: dict[str, Path], output: Path) -> None:
-    """The files at the top of a zip, whole or not at all; without an AX.tsv its stand-in."""
+    """Write a zip of the files, whole or not at all; without an AX.tsv, it gets a placeholder."""
     temporary = output.with_name(f".{output.name}.{os.getpid()}")
     with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, path in files.items():
@@ -124,8 +124,10 @@ def write_zip(files: dict[str, Path], output: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """`adasam submit`."""
     parser = CommandParser("submit", DESCRIPTION)
-    parser.add_argument("folders", type=Path, nargs="+", help="output_dirs of the runs")
-    parser.add_argument("--output", type=Path, default=Path("submission.zip"))
+    parser.add_argument("folders", type=Path, nargs="+", help="output_dirs of the runs, one for each task")
+    parser.add_argument(
+        "--output", type=Path, default=Path("submission.zip"), help="zip file to write (default: %(default)s)"
+    )
     args = parser.parse_args(argv)
     files = collect(args.folders)
     write_zip(files, args.output)

@@ -12,10 +12,10 @@ class Task:
     name: configuration name on the hub.
     texts: the one or two text columns.
     labels: label names by index; empty for regression.
-    metrics: the official metrics; the first one ranks models where one must.
+    metrics: the official metrics; the first one ranks models where a single metric must.
     evaluations: validation split → suffix of its metrics (MNLI has two).
-    submissions: test split → file that the leaderboard takes.
-    named_labels: whether the submission has label names; otherwise it has numbers.
+    submissions: test split → name of its file on the leaderboard.
+    named_labels: whether the submission has label names rather than numbers.
     """
 
     name: str
@@ -31,7 +31,7 @@ class Task:
         return not self.labels
 
     def score(self, metrics: Mapping[str, float]) -> float:
-        """The task's one number, as GLUE averages it: the mean of its metrics and of its evaluations."""
+        """The task's score as GLUE averages it: the mean over its metrics and its evaluation splits."""
         name = self.metrics[0] if len(self.metrics) == 1 else "combined_score"
         values = [metrics[f"eval_{name}{suffix}"] for _, suffix in self.evaluations]
         return sum(values) / len(values)
@@ -86,15 +86,15 @@ TASKS = MappingProxyType(
 
 
 def get_task(name: str) -> Task:
-    """The task called `name`; ValueError with the list of names if there is none."""
+    """The task called `name`; if there is none, a ValueError that lists the names."""
     if name not in TASKS:
         raise ValueError(f"task_name={name!r} is not a GLUE task; choose one of {', '.join(TASKS)}")
     return TASKS[name]
 
 
 def score(name: str, metrics: Mapping[str, float]) -> float:
-    """`Task.score` of a task by its name. A name that GLUE does not have is one of own files: the accuracy counts, and
-    where the labels are numbers the mean of the two correlations."""
+    """`Task.score` of the task called `name`. Any other name means your own files, whose score is the accuracy or, for
+    regression, the mean of the two correlations."""
     if name in TASKS:
         return TASKS[name].score(metrics)
     return metrics["eval_accuracy"] if "eval_accuracy" in metrics else metrics["eval_combined_score"]

@@ -12,28 +12,28 @@ SHORT = {"learning_rate": "rate", "sam_rho": "radius"}
 
 @dataclass
 class Choice:
-    """The trials of one sweep, task and method, each with its score, and the one that the runs have taken."""
+    """The trials of one sweep, task and method, each with its score, and the point that the runs used."""
 
     sweep: str
     task: str
     method: str
-    trials: list[tuple[dict[str, float], float]]  # points and their means over the trials' seeds
+    trials: list[tuple[dict[str, float], float]]  # each point and its mean score over the trials' seeds
     taken: dict[str, float]
-    single: list[list[float]] = field(default_factory=list)  # the same for each seed alone
+    single: list[list[float]] = field(default_factory=list)  # the scores of each seed alone
 
     @property
     def budget(self) -> tuple[int, int]:
-        """Points, and the seeds of each."""
+        """Number of points, and of seeds for each point."""
         return len(self.trials), len(self.single)
 
     @property
     def untried(self) -> bool:
-        """Whether no trial had what the runs have."""
+        """Whether no trial had the point that the runs used."""
         return self.taken not in [point for point, _ in self.trials]
 
     @property
     def otherwise(self) -> str:
-        """How often one seed alone would have chosen another point: what a choice by a single trial is worth."""
+        """How often one seed alone would have chosen another point, which shows what a single trial is worth."""
         if len(self.single) < 2:
             return ""
         best = max(range(len(self.trials)), key=lambda i: self.trials[i][1])
@@ -42,16 +42,16 @@ class Choice:
 
     @property
     def tie(self) -> bool:
-        """Whether the scores chose nothing."""
+        """Whether all scores are equal, so that they chose nothing."""
         return len(self.trials) > 1 and len({value for _, value in self.trials}) == 1
 
     @property
     def edge(self) -> str:
-        """Whether a wider grid might have had a better one."""
+        """The edges of the grid that the choice lies on, where a wider grid might have had a better point."""
         found = []
         for key, value in self.taken.items():
             values = sorted({trial[key] for trial, _ in self.trials})
-            if len(values) > 1 and value in (values[0], values[-1]) and value != 0:  # nothing is below 0
+            if len(values) > 1 and value in (values[0], values[-1]) and value != 0:  # no value is below 0
                 found.append(f"{'lowest' if value == values[0] else 'highest'} {SHORT.get(key, key)}")
         return f"{name(self.method)} on {self.task.upper()}: its grid's {' and '.join(found)}" if found else ""
 
@@ -61,7 +61,7 @@ class Choice:
 
 
 def choices(runs: Sequence[Record], trials: Sequence[Record]) -> list[Choice]:
-    """By sweep, task and method, of those that have run and had trials of their own."""
+    """One choice for each sweep, task and method that has both runs and trials."""
     found: dict[tuple[str, str, str], list[tuple[dict[str, float], dict[int, Record]]]] = {}
     for (sweep, task, method, point), seeds in points(trials).items():
         found.setdefault((sweep, task, method), []).append((dict(point), seeds))

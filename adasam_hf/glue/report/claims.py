@@ -1,4 +1,4 @@
-"""A verdict on each claim of the paper. RULES says how it follows from the runs."""
+"""A verdict on each claim of the paper; RULES says how it follows from the runs."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,25 +11,25 @@ from .records import Grid, Record
 from .statistics import CONFIRMED, DENIED, UNKNOWN, Difference, holm
 from .wording import PAPER, counted, name, shown
 
-RULES = """A verdict follows from a rule, at the 95 % level, over seeds (a run of one method and a run of another with
-the same seed make a pair):
+RULES = """Each verdict follows from a rule, at the 95 % level, over seeds (two runs with the same seed are a pair):
 
-* a difference is confirmed if the paired t test says so with the paper's sign, not confirmed if it says so with the
-  other sign, and otherwise the runs cannot tell; p is Holm's, over all differences among the claims. A task on which
-  all trials of a method tie, so that nothing was chosen for it, is left out where that method has not won;
-* "on most tasks" is confirmed if on more than half of at least three tasks the difference is, not confirmed if on half
-  of them or more it is not confirmed, and otherwise the runs cannot tell;
-* the linear speed-up is confirmed if, at each of three levels of the loss, all below that of the best constant answer,
-  the whole interval of the exponent (Student's t) is within 0.25 of -1, not confirmed if at each the whole of it is
-  farther away.
+* a difference is confirmed if the paired t test finds it significant with the paper's sign, and not confirmed if it
+  finds it significant with the opposite sign; otherwise the runs cannot tell. The p-values are corrected with Holm's
+  method over all differences among the claims. If all trials of a method tie on a task, they chose nothing: that task
+  is left out, unless the method won there anyway;
+* "on most tasks" is confirmed if the difference is confirmed on more than half of at least three tasks, and not
+  confirmed if it is not confirmed on half of them or more; otherwise the runs cannot tell;
+* the linear speed-up is confirmed if, at each of three levels of the loss (all below the loss of the best constant
+  answer), the whole interval of the exponent (Student's t) lies within 0.25 of -1, and not confirmed if at each level
+  the whole interval lies farther away; otherwise the runs cannot tell.
 
-Tasks on which one of two methods had more trials than the other, or was run with what none of its trials had, decide
-nothing between them. Runs of one cell with other arguments are refused. Sweeps with names of their own have tables of
-score, loss and calibration.
+A comparison of two methods leaves out tasks on which one of them had more trials than the other, or was run with a
+setting that none of its trials had. Runs of the same sweep, task and method with different arguments are refused. All
+sweeps that are not the paper's get tables of score, loss and calibration.
 
-A run whose loss on the evaluation rows is not a number has diverged: it has no score, and no pair.
+A run whose loss on the evaluation rows is not finite has diverged: it has no score and forms no pair.
 """
-READ, REMEMBERED = "read", "remembered, not re-read"  # how a claim of the paper is known
+READ, REMEMBERED = "read", "remembered, not re-read"  # how we know a claim of the paper
 Side: TypeAlias = tuple[Grid, str]
 """A grid and one of its methods."""
 Choices: TypeAlias = Mapping[tuple[str, str, str], Choice]
@@ -38,21 +38,21 @@ Choices: TypeAlias = Mapping[tuple[str, str, str], Choice]
 
 @dataclass
 class Claim:
-    """What the paper says, how that is known, and what these runs say."""
+    """What the paper says, how we know it, and what these runs show."""
 
     text: str
     known: str
     verdict: str
     number: str
-    difference: Difference | None = None  # if a t test of it decides
+    difference: Difference | None = None  # if a t test decides the claim
 
 
 def claims(with_momentum: Grid, without: Grid, sizes: Sequence[Record], made: Sequence[Choice] = ()) -> list[Claim]:
     """A verdict on each claim of the paper.
 
-    with_momentum, without: the sweeps table1 and table2.
+    with_momentum, without: the runs of the sweeps table1 and table2.
     sizes: the runs of the sweep batch_size.
-    made: what the trials of the first two chose.
+    made: what the trials of table1 and table2 chose.
     """
     choices = {(c.sweep, c.task, c.method): c for c in made}
     known = f"“on most tasks”: {READ}; 6 of 8: {REMEMBERED}"
@@ -73,7 +73,7 @@ def claims(with_momentum: Grid, without: Grid, sizes: Sequence[Record], made: Se
 
 
 def _compare(one: Side, other: Side, choices: Choices) -> tuple[str, str, Difference]:
-    """Verdict, number and difference of the averages over the tasks that both have, without those of `_excluded`."""
+    """Verdict, number and difference of the averages over the tasks of both sides, except the `_excluded`."""
     common = [task for task in one[0].tasks if task in other[0].tasks]
     chosen = {task: [choices.get((grid.sweep, task, method)) for grid, method in (one, other)] for task in common}
     excluded = _excluded(one, other, chosen)
@@ -88,7 +88,7 @@ def _compare(one: Side, other: Side, choices: Choices) -> tuple[str, str, Differ
 
 
 def _excluded(one: Side, other: Side, chosen: Mapping[str, Sequence[Choice | None]]) -> dict[str, list[str]]:
-    """Why a task decides nothing → the tasks of which that holds."""
+    """Reason to leave a task out → the tasks that it applies to."""
     tie: list[str] = []
     unfair: list[str] = []
     untried: list[str] = []
@@ -138,7 +138,7 @@ def _speed_ups(sizes: Sequence[Record]) -> list[Claim]:
 
 
 def corrected(made: list[Claim]) -> list[Claim]:
-    """The claims with Holm's p over those that a t test decides, and, where it cannot tell, what the test can see."""
+    """Give claims that a t test decides Holm's p and, where it cannot tell, the difference that the test detects."""
     tests = [c.difference.p if c.difference is not None else math.nan for c in made]
     count = sum(not math.isnan(p) for p in tests)
     for claim, p in zip(made, holm(tests), strict=True):

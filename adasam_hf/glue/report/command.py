@@ -6,11 +6,11 @@ from pathlib import Path
 from ...console import CommandParser
 from .claims import RULES
 
-DESCRIPTION = f"""Make the report on the records of sweeps: tables, pictures, and a verdict on each claim of the paper.
+DESCRIPTION = f"""Make a report from the records of sweeps: tables, figures, and a verdict on each claim of the paper.
 
     adasam report results/small
 
-reads results/small/records and nothing else, and writes results/small/REPORT.md and the pictures beside it.
+This reads only results/small/records, and writes results/small/REPORT.md and its figures.
 
 {RULES}"""
 
@@ -18,7 +18,7 @@ reads results/small/records and nothing else, and writes results/small/REPORT.md
 def main(argv: Sequence[str] | None = None) -> int:
     """`adasam report`."""
     parser = CommandParser("report", DESCRIPTION)
-    parser.add_argument("folder", type=Path, help="the output_dir of sweeps")
+    parser.add_argument("folder", type=Path, help="output_dir of finished sweeps")
     args = parser.parse_args(argv)
     from .page import report
 

@@ -1,4 +1,4 @@
-"""Loss curves, and how the iterations to a level of the loss fall with the batch size."""
+"""Loss curves, and how the number of iterations to a loss level falls with the batch size."""
 
 import math
 import statistics
@@ -12,38 +12,38 @@ from .statistics import CONFIRMED, DENIED, UNKNOWN, interval
 from .wording import counted
 
 WINDOW = 256  # training rows over which a loss curve is averaged
-NEAR = 0.25  # of the exponent to -1
+NEAR = 0.25  # largest distance of the exponent from -1
 LEVELS = (0.25, 0.5, 0.75)
 
 
 def losses(record: Record) -> tuple[np.ndarray, np.ndarray]:
-    """Iterations and the training loss (at w), each averaged over WINDOW rows: those of the window's middle. Empty if
-    no loss was logged.
+    """Iterations and training losses (at w), averaged over WINDOW rows; an iteration is the middle of its window. Both
+    are empty if no loss was logged.
 
-    (A mean over the last rows would come about WINDOW/2b iterations late, in proportion to 1/b, and so look like a
-    linear speed-up.)
+    (A mean over the last rows would lag by about WINDOW/2b iterations, in proportion to 1/b, and so look like a linear
+    speed-up.)
     """
     entries = [(e["step"], float(e["loss"])) for e in record["log_history"] if "loss" in e]
     if not entries:
         return np.array([]), np.array([])
     steps, raw = (np.array(column, dtype=float) for column in zip(*entries, strict=True))
     size = record["axes"].get(BATCH, record["arguments"][BATCH])
-    every = steps[0]  # iterations of which an entry is the mean
+    every = steps[0]  # each entry is the mean over this many iterations
     width = max(1, min(len(raw), round(WINDOW / (size * every))))
     kernel = np.full(width, 1 / width)
     return np.convolve(steps - (every - 1) / 2, kernel, "valid"), np.convolve(raw, kernel, "valid")
 
 
 def level_of(curves: Sequence[np.ndarray], share: float, constant: float = math.inf) -> float:
-    """Of averaged losses: this share of the way to the lowest that all of them reach, from where the runs begin or
-    from the loss of the best constant answer, if that is lower. Not a number if not all get below it."""
+    """The loss `share` of the way from the start to the lowest loss that all curves reach. The start is the mean first
+    loss, or the loss of the best constant answer if that is lower. NaN if some curve stays above it."""
     begin = min(statistics.mean(float(curve[0]) for curve in curves), constant)
     reached = max(float(curve.min()) for curve in curves)
     return begin + share * (reached - begin) if reached < begin else math.nan
 
 
 def constant_loss(runs: Sequence[Record]) -> float:
-    """The training loss of the best constant answer, as the runs have recorded it; not a number if one has not."""
+    """The training loss of the best constant answer, as recorded by the runs; NaN if one of them lacks it."""
     return max((r["metrics"].get("train_constant_loss", math.nan) for r in runs), default=math.nan, key=_nan_first)
 
 
@@ -52,8 +52,8 @@ def _nan_first(value: float) -> float:
 
 
 def iterations_to(steps: np.ndarray, curve: np.ndarray, level: float) -> float:
-    """The first iteration at or below the level, between two by interpolation. Not a number if the curve begins there
-    (what is seen then is the window's middle, which is ∝ 1/b), or never gets there."""
+    """The first iteration at or below the level, interpolated between two. NaN if the curve begins there (its first
+    point is the middle of a window, which is ∝ 1/b) or never gets there."""
     below = np.flatnonzero(curve <= level)
     if not len(below) or below[0] == 0:
         return math.nan
@@ -64,8 +64,8 @@ def iterations_to(steps: np.ndarray, curve: np.ndarray, level: float) -> float:
 
 @dataclass
 class SpeedUp:
-    """Of one task's runs, at one level: seed → b → iterations, and the slope of log iterations on log b for each seed
-    that got there at every b, of three or more."""
+    """One task's runs at one level: seed → b → iterations, and the slope of log iterations on log b for each seed that
+    reached the level at every b (three or more)."""
 
     level: float
     found: dict[int, dict[int, float]]

@@ -1,4 +1,4 @@
-"""The differences of methods in sweeps that are not the paper's."""
+"""Differences between methods in sweeps that are not the paper's."""
 
 import math
 from dataclasses import dataclass
@@ -9,14 +9,14 @@ from .statistics import Difference, holm, interval
 
 @dataclass
 class Row:
-    """One difference of a sweep with a name of its own."""
+    """The difference between two methods on one task, in one quantity."""
 
     pair: str
     task: str
     quantity: str
     difference: Difference
     p: float = math.nan  # Holm's, over the rows of the same pair of methods
-    family: int = 0  # how many tests those are
+    family: int = 0  # the number of those tests
 
     @property
     def cells(self) -> list[str]:
@@ -35,7 +35,7 @@ class Row:
 
 
 def difference_rows(grid: Grid) -> list[Row]:
-    """Every method beside AMSGrad (or, without that, the first one), and AdaSAM beside every other."""
+    """Every method against AMSGrad (or the first one if AMSGrad did not run), and AdaSAM against every other."""
     first = "AMSGrad" if "AMSGrad" in grid.methods else grid.methods[0]
     pairs = [(method, first) for method in grid.methods if method != first]
     pairs += [("AdaSAM", m) for m in grid.methods if "AdaSAM" in grid.methods and m not in ("AdaSAM", first)]

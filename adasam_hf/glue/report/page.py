@@ -1,4 +1,4 @@
-"""The page: what goes into its template, and the pictures beside it."""
+"""The page: what goes into its template, and the figures next to it."""
 
 import math
 import re
@@ -25,14 +25,14 @@ from .tables import choices_table, differences, markdown, single_metrics, spread
 from .wording import name
 
 PAPER_SWEEPS = {"table1", "table2", "batch_size", "radius", "mnli_first", "mnli"}
-"""The sweeps of the paper's claims; others have sections of their own."""
+"""The sweeps that test the paper's claims; every other sweep gets its own section."""
 
 
 def report(folder: Path) -> str:
-    """The page on the records in `folder`; writes the pictures beside it.
+    """The page on the records in `folder`; also writes the figures there.
 
     Raises:
-        ValueError: if there are none, or one is broken, or runs of one cell have other arguments.
+        ValueError: without records, for a broken one, or if runs of one task and method have different arguments.
     """
     runs, trials = read(folder)
     environment = Environment(
@@ -43,7 +43,7 @@ def report(folder: Path) -> str:
 
 
 def content(runs: Sequence[Record], trials: Sequence[Record], folder: Path) -> dict[str, Any]:
-    """What the template has names for."""
+    """The values of the template's names."""
     records = [*runs, *trials]
     sweeps = {r["sweep"] for r in records}
     others = sorted(sweeps - PAPER_SWEEPS)
@@ -55,15 +55,14 @@ def content(runs: Sequence[Record], trials: Sequence[Record], folder: Path) -> d
     titles = (
         (table1, "With momentum"),
         (table2, "Without momentum (β1 = 0)"),
-        (mnli_first, "From a model that was fine-tuned on MNLI"),
+        (mnli_first, "From a model fine-tuned on MNLI"),
     )
     out = {
         "model": ", ".join(sorted({r["arguments"]["model_name_or_path"] for r in records})),
         "folder": folder,
         "origin": origin(records),
         "others": [sweep_section(sweep, runs, trials, folder) for sweep in others],
-        "verdicts": len(others) < len(sweeps)
-        and markdown(["claim", "known from", "verdict", "the number that decides"], verdicts),
+        "verdicts": len(others) < len(sweeps) and markdown(["claim", "source", "verdict", "evidence"], verdicts),
         "paper": [paper_section(grid, title) for grid, title in titles if grid.runs],
         "losses": bool(table1.runs),
         "window": WINDOW,
@@ -94,7 +93,7 @@ def paper_section(grid: Grid, title: str) -> dict[str, Any]:
 
 
 def batch_sizes_table(sizes: Sequence[Record]) -> str:
-    """Iterations to each level, by task and seed, and their exponent."""
+    """Iterations to each level by task and seed, and the exponent."""
     rows = []
     for task in sorted({r["axes"]["task_name"] for r in sizes}):
         for share in LEVELS:
@@ -107,7 +106,7 @@ def batch_sizes_table(sizes: Sequence[Record]) -> str:
 
 
 def sweep_section(sweep: str, runs: Sequence[Record], trials: Sequence[Record], folder: Path) -> dict[str, Any]:
-    """Of a sweep that is not the paper's: what it says in short, its runs, their differences, and its trials."""
+    """The section on a sweep that is not the paper's: its runs and their differences, and its trials."""
     grid, mine = labelled(runs, sweep), [t for t in trials if t["sweep"] == sweep]
     return {
         "name": sweep,
@@ -117,9 +116,9 @@ def sweep_section(sweep: str, runs: Sequence[Record], trials: Sequence[Record], 
 
 
 def runs_section(grid: Grid, folder: Path) -> dict[str, Any]:
-    """Its runs; writes their pictures."""
+    """The runs of one sweep; also writes their figures."""
     rows = difference_rows(grid)
-    header = ["", "task", "of", "difference", "pairs", "p", "Holm's p", "sight"]
+    header = ["methods", "task", "quantity", "difference", "pairs", "p", "Holm's p", "detectable"]
     reliability = any(run["metrics"].get("eval_reliability") for run in grid.runs.values())
     radius = measured_at(list(grid.runs.values()))
     if rows:
@@ -140,7 +139,7 @@ def runs_section(grid: Grid, folder: Path) -> dict[str, Any]:
 
 
 def trials_table(trials: Sequence[Record], path: Path) -> str:
-    """Its trials, one line for each point of the grid; draws them at `path`."""
+    """The trials of one sweep, one row for each point of the grid; also draws them to `path`."""
     plot_rates(trials, path)
     rows = []
     for (_, task, method, point), seeds in sorted(points(trials).items(), key=lambda item: item[0][1:]):
@@ -164,11 +163,13 @@ def origin(records: Sequence[Record]) -> str:
     def unique(values: Iterable[object]) -> str:
         return ", ".join(sorted({str(v) for v in values}))
 
-    commits = unique((r["commit"] or "unknown")[:12] + (" (with changes)" if r["dirty"] else "") for r in records)
+    commits = unique(
+        (r["commit"] or "unknown")[:12] + (" (with uncommitted changes)" if r["dirty"] else "") for r in records
+    )
     packages = sorted({package for r in records for package in r["versions"]})
     versions = "; ".join(f"{p} {unique(r['versions'][p] for r in records if p in r['versions'])}" for p in packages)
     machines = unique(", ".join(r["hardware"]["accelerators"]) or f"{r['hardware']['cpus']} CPU cores" for r in records)
-    hours = sum(r["metrics"]["train_runtime"] for r in records) / 3600  # of resumed runs, the last part
+    hours = sum(r["metrics"]["train_runtime"] for r in records) / 3600  # for resumed runs, only the last part
     again = sum(r["attempts"] > 1 for r in records)
     return (
         f"{len(records)} runs, {hours:.1f} hours of training in all; {again} of them needed a second attempt. "

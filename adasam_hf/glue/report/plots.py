@@ -1,4 +1,4 @@
-"""The pictures."""
+"""The figures of the report."""
 
 import math
 import statistics
@@ -21,14 +21,14 @@ from matplotlib import pyplot
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a picture without the names of the programs that made it."""
+    """Write a figure without the names of the programs that made it."""
     figure.tight_layout()
     figure.savefig(path, dpi=110, metadata={"Software": None})
     pyplot.close(figure)
 
 
 def together(curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """Curves of the same steps, cut to the shortest: steps, and run × step. Without those of runs that log none."""
+    """Curves over the same steps, cut to the shortest: steps, and losses by run × step. Empty curves are left out."""
     curves = [(steps, values) for steps, values in curves if len(steps)]
     if not curves:
         return np.array([]), np.empty((1, 0))
@@ -84,8 +84,8 @@ def plot_batch_sizes(runs: Sequence[Record], path: Path) -> None:
 
 
 def plot_radii(trials: Sequence[Record], runs: Sequence[Record], path: Path) -> None:
-    """Score against the radius. Above: trials (one seed, held-out rows), a line for each rate; radius 0 is AMSGrad or
-    SGD. Below, if the sweep `radius` has run: its seeds' mean and standard deviation on the validation set."""
+    """Score against the radius. Above: trials (one seed, held-out rows), a line for each learning rate; radius 0 is
+    AMSGrad or SGD. Below, if the sweep `radius` has run: mean and standard deviation over seeds, validation set."""
     tasks = sorted({r["axes"]["task_name"] for r in [*trials, *runs]})
     figure, axes = pyplot.subplots(
         1 + bool(runs), len(tasks), figsize=(3.6 * len(tasks), 3 + 3 * bool(runs)), squeeze=False
@@ -138,7 +138,7 @@ def plot_differences(rows: Sequence[Row], path: Path) -> None:
 
 
 def plot_reliability(grid: Grid, path: Path) -> None:
-    """Accuracy against confidence by bins, all seeds together: a panel for each task, a line for each method."""
+    """Accuracy against confidence in bins, all seeds pooled: a panel for each task, a line for each method."""
     figure, axes = pyplot.subplots(1, len(grid.tasks), figsize=(4 * len(grid.tasks), 3.6), squeeze=False)
     for axis, task in zip(axes[0], grid.tasks, strict=True):
         axis.plot([0.5, 1], [0.5, 1], "--", color="gray")
@@ -153,8 +153,8 @@ def plot_reliability(grid: Grid, path: Path) -> None:
 
 
 def plot_rates(trials: Sequence[Record], path: Path) -> None:
-    """Score above and cross-entropy below against the rate: a line for each radius, means over the seeds that all the
-    points of a task have (or, if there is none, over those that each has)."""
+    """Score (above) and cross-entropy (below) against the learning rate, a line for each radius: means over the seeds
+    that all points of a task share (or, if they share none, over each point's own)."""
     tasks = sorted({t["axes"]["task_name"] for t in trials})
     figure, axes = pyplot.subplots(2, len(tasks), figsize=(4.5 * len(tasks), 6), squeeze=False)
     for column, task in enumerate(tasks):
@@ -173,8 +173,8 @@ def plot_rates(trials: Sequence[Record], path: Path) -> None:
                 axes[row][column].plot(x, means, "o-", label=label)
         title = f"{task.upper()}, {counted(len(common), 'seed')}" if common else task.upper()
         axes[0][column].set(title=title, xscale="log")
-        axes[1][column].set(xscale="log", xlabel="rate")
+        axes[1][column].set(xscale="log", xlabel="learning rate")
         axes[0][column].legend(fontsize=7)
     axes[0][0].set_ylabel("score on held-out rows")
-    axes[1][0].set_ylabel("cross-entropy there")
+    axes[1][0].set_ylabel("cross-entropy on held-out rows")
     save(figure, path)

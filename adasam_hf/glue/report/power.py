@@ -1,4 +1,4 @@
-"""`adasam power`: how many seeds it takes to see a gain, from the spread between those that have run."""
+"""`adasam power`: how many seeds it takes to detect a gain, given the spread between finished ones."""
 
 import json
 import math
@@ -11,20 +11,21 @@ from .records import calibration, cross_entropy, read, score
 from .statistics import pairs_for, power
 from .tables import markdown
 
-DESCRIPTION = """Show how many seeds a paired t test needs to see a gain, from the spread between the seeds of sweeps.
+DESCRIPTION = """Show how many seeds a paired t test needs to detect a gain, given the spread between finished seeds.
 
     adasam power results/small --gain 0.28 0.5 1 --seeds 5 12 --comparisons 4
 
-For each sweep and task: the standard deviation of the differences of two methods, paired by seed; the seeds that see
-each gain with 80 % power; and the power that so many seeds have. The tests are two-sided, at the level 0.05 divided by
-the number of comparisons: the first and strictest step of Holm's correction. `--spread` takes a number instead of
-records, `--tasks` divides it by the root of the number of tasks whose mean is tested.
+The table has, for each sweep and task, the standard deviation of the differences between two methods, paired by seed;
+the number of seeds that detect each gain with 80 % power; and the power of each number of seeds. The tests are
+two-sided, at the level 0.05 divided by the number of comparisons (the first and strictest step of Holm's correction).
+`--spread` takes a number in place of records; `--tasks` divides the spread by the square root of the number of tasks
+whose mean is tested.
 """
 VALUES = {"score": score, "loss": cross_entropy, "calibration": calibration}
 
 
 def spreads(folder: Path, one: str, other: str, value: str) -> dict[str, tuple[int, float]]:
-    """Sweep and task → number of pairs and the standard deviation of their differences."""
+    """Sweep and task → number of pairs, and the standard deviation of their differences."""
     cells: dict[tuple[str, str, str], dict[str, float]] = {}
     for record in read(folder)[0]:
         axes = record["axes"]
@@ -42,7 +43,7 @@ def spreads(folder: Path, one: str, other: str, value: str) -> dict[str, tuple[i
 
 
 def table(found: dict[str, tuple[int, float]], gains: list[float], seeds: list[int], comparisons: int) -> str:
-    """One line for each spread: the seeds that see each gain, and the power that so many seeds have."""
+    """One row for each spread: the seeds that detect each gain, and the power of each number of seeds."""
     header = ["", "pairs", "spread", *(f"seeds for {g:+g}" for g in gains)]
     header += [f"power of {n} seeds at {g:+g}" for g in gains for n in seeds]
     rows = []
@@ -56,14 +57,43 @@ def table(found: dict[str, tuple[int, float]], gains: list[float], seeds: list[i
 def main(argv: Sequence[str] | None = None) -> int:
     """`adasam power`."""
     parser = CommandParser("power", DESCRIPTION)
-    parser.add_argument("folder", type=Path, nargs="?", help="the output_dir of sweeps")
-    parser.add_argument("--spread", type=float, help="instead of records: the standard deviation of the differences")
-    parser.add_argument("--tasks", type=int, default=1, help="the test is of the mean of so many tasks")
-    parser.add_argument("--value", default="score", choices=VALUES, help="score and calibration are times 100")
-    parser.add_argument("--methods", nargs=2, default=["adasam", "amsgrad"], metavar=("ONE", "OTHER"))
-    parser.add_argument("--gain", type=float, nargs="+", default=[0.28, 0.5, 1.0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[5, 10])
-    parser.add_argument("--comparisons", type=int, default=1)
+    parser.add_argument("folder", type=Path, nargs="?", help="output_dir of finished sweeps")
+    parser.add_argument(
+        "--spread", type=float, help="standard deviation of the paired differences, in place of a folder of records"
+    )
+    parser.add_argument(
+        "--tasks", type=int, default=1, help="number of tasks whose mean is tested (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--value",
+        default="score",
+        choices=VALUES,
+        help="what to compare; score and calibration are times 100 (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--methods",
+        nargs=2,
+        default=["adasam", "amsgrad"],
+        metavar=("ONE", "OTHER"),
+        help="the two methods to compare (default: adasam amsgrad)",
+    )
+    parser.add_argument(
+        "--gain",
+        type=float,
+        nargs="+",
+        default=[0.28, 0.5, 1.0],
+        help="gains to detect, in the unit of --value (default: 0.28 0.5 1)",
+    )
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        default=[5, 10],
+        help="numbers of seeds to show the power of (default: 5 10)",
+    )
+    parser.add_argument(
+        "--comparisons", type=int, default=1, help="number of tests that share the level of 0.05 (default: %(default)s)"
+    )
     args = parser.parse_args(argv)
     if (args.folder is None) == (args.spread is None):
         parser.error("give a folder of records, or --spread")
@@ -74,7 +104,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     one, other = args.methods
     found = {"given": (0, args.spread)} if args.folder is None else spreads(args.folder, one, other, args.value)
     if not found:
-        raise ValueError(f"{args.folder}/records has no two runs of {one} and {other} with the same seeds")
+        raise ValueError(
+            f"{args.folder}/records has fewer than two pairs of runs of {one} and {other} with the same seed; "
+            "run more seeds of both"
+        )
     found = {name: (pairs, spread / math.sqrt(args.tasks)) for name, (pairs, spread) in found.items()}
     print(table(found, args.gain, args.seeds, args.comparisons))
     return 0

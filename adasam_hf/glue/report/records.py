@@ -1,4 +1,4 @@
-"""The records of sweeps, and their numbers by task, method and seed."""
+"""Read the records of sweeps, and arrange their numbers by task, method and seed."""
 
 import json
 import math
@@ -18,10 +18,10 @@ Place: TypeAlias = tuple[str, str, str, tuple[tuple[str, float], ...]]
 
 
 def read(folder: Path) -> tuple[list[Record], list[Record]]:
-    """Runs and trials."""
+    """All runs, and all trials, with records in `folder`."""
     records = [load(path) for path in sorted(folder.glob("records/**/*.json"))]
     if not records:
-        raise ValueError(f"{folder}/records has no records; make some with scripts/sweep_glue.py")
+        raise ValueError(f"{folder}/records has no records; make some with adasam sweep")
     return [r for r in records if r["trial"] is None], [r for r in records if r["trial"] is not None]
 
 
@@ -37,14 +37,14 @@ def load(path: Path) -> Record:
 
 
 def score(record: Record) -> float:
-    """The task's number, times 100; not a number for a run that has diverged (of a model of NaN, accuracy is that of
-    the first class)."""
+    """The task's score, times 100; NaN for a run that has diverged (with NaN weights, accuracy would be that of always
+    predicting the first class)."""
     found = 100 * glue.score(record["axes"]["task_name"], record["metrics"])
     return found if math.isfinite(record["metrics"]["eval_loss"]) else math.nan
 
 
 def cross_entropy(record: Record) -> float:
-    """Of the evaluation rows; of older records the loss, which is the same where labels were not smoothed."""
+    """On the evaluation rows. Older records have only the loss, which is the same without label smoothing."""
     return float(record["metrics"].get("eval_cross_entropy", record["metrics"]["eval_loss"]))
 
 
@@ -63,7 +63,7 @@ QUANTITIES = (
     ("calibration error × 100", calibration, 2),
 )
 
-# Of a cell, all runs have the same; more of them could not be told apart in a table.
+# All runs of a task and method must agree on these; a table could not tell apart runs that differ.
 SAME = (
     *("learning_rate", "sam_rho", "num_train_epochs", "max_steps", "max_train_samples", "per_device_train_batch_size"),
     *("gradient_accumulation_steps", "model_name_or_path", "init_from", "optim", "adam_beta1", "adam_beta2"),
@@ -83,7 +83,7 @@ class Grid:
     def of(cls, runs: Sequence[Record], sweep: str) -> "Grid":
         """
         Raises:
-            ValueError: if two runs have one place, or a task and method have runs of different arguments.
+            ValueError: if two runs share a task, method and seed, or runs of a task and method differ in arguments.
         """
         found: dict[tuple[str, str, int], Record] = {}
         cells: dict[tuple[str, str], tuple[Any, ...]] = {}
@@ -122,14 +122,14 @@ class Grid:
         return {s: value(r) for (t, m, s), r in sorted(self.runs.items()) if (t, m) == (task, method)}
 
     def average(self, method: str, value: Callable[[Record], float] = score) -> dict[int, float]:
-        """Seed → mean over the tasks, for seeds that have them all."""
+        """Seed → mean over the tasks, for seeds that have every task."""
         columns = [self.values(task, method, value) for task in self.tasks]
         seeds = set.intersection(*(set(column) for column in columns)) if columns else set()
         return {seed: statistics.mean(column[seed] for column in columns) for seed in sorted(seeds)}
 
 
 def labelled(runs: Sequence[Record], sweep: str) -> Grid:
-    """The sweep's runs with what is on further axes in the method's name."""
+    """The sweep's runs, with the values of any further axes in the method's name."""
     out = []
     for run in runs:
         if run["sweep"] == sweep:
@@ -140,7 +140,7 @@ def labelled(runs: Sequence[Record], sweep: str) -> Grid:
 
 
 def points(trials: Iterable[Record]) -> dict[Place, dict[int, Record]]:
-    """Trials by sweep, task, method and point of the grid: seed → record."""
+    """Sweep, task, method and point of the grid → seed → trial."""
     out: dict[Place, dict[int, Record]] = {}
     for t in trials:
         point = tuple((k, float(v)) for k, v in t["trial"].items())

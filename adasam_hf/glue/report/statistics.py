@@ -1,4 +1,4 @@
-"""Means, their intervals and differences, and what tests say of them."""
+"""Means and differences with their intervals, significance tests and power."""
 
 import math
 import statistics
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-SAMPLES = 10_000  # of the bootstrap
+SAMPLES = 10_000  # bootstrap resamples
 CONFIRMED, DENIED, UNKNOWN = "confirmed here", "not confirmed here", "cannot tell from these runs"
 
 
 def bootstrap(values: Sequence[float]) -> tuple[float, float]:
-    """95 % interval of the mean by resampling, percentiles. (Of five values it covers the mean in 83 % of cases.)
+    """95 % percentile bootstrap interval of the mean. (With five values it covers the mean in 83 % of cases.)
 
     values: two or more.
     """
@@ -26,7 +26,7 @@ def bootstrap(values: Sequence[float]) -> tuple[float, float]:
 
 @dataclass
 class Difference:
-    """Paired over seeds: mean, intervals of the bootstrap and of Student's t, p of the t test."""
+    """Differences paired by seed: mean, bootstrap and Student's t intervals, p of the t test."""
 
     values: list[float]
 
@@ -41,20 +41,20 @@ class Difference:
 
     @property
     def p(self) -> float:
-        """Of no difference; not a number with fewer than two pairs, or if all are the same: no test can judge that."""
-        if len({round(value, 9) for value in self.values}) < 2:  # 1/277 more by five sums is not five times the same
+        """p of the two-sided t test; NaN with fewer than two pairs or if all are equal, which no test can judge."""
+        if len({round(value, 9) for value in self.values}) < 2:  # 1/277 from five different sums differs by rounding
             return math.nan
         return float(stats.ttest_1samp(self.values, 0.0).pvalue)
 
     def verdict(self, sign: int = 1, p: float | None = None) -> str:
-        """With `p` instead of the test's own, if several tests are made."""
+        """`p` replaces the test's own p, to correct for several tests."""
         p = self.p if p is None else p
         if math.isnan(p) or p >= 0.05:
             return UNKNOWN
         return CONFIRMED if self.mean * sign > 0 else DENIED
 
     def sight(self, gain: float | None = None, comparisons: int = 1) -> str:
-        """What so many pairs can see with a power of 80 %, and the pairs that a gain would take."""
+        """The difference that this many pairs detect with 80 % power, and the pairs that `gain` would take."""
         if math.isnan(self.p):
             return ""
         spread = statistics.stdev(self.values)
@@ -71,7 +71,7 @@ class Difference:
 
 
 def holm(ps: Sequence[float]) -> list[float]:
-    """p by Holm's correction for so many tests; those that are no numbers stay so, and do not count."""
+    """p-values after Holm's correction; NaNs stay NaN and do not count as tests."""
     order = sorted((i for i, p in enumerate(ps) if not math.isnan(p)), key=lambda i: ps[i])
     out, highest = [math.nan] * len(ps), 0.0
     for rank, i in enumerate(order):
@@ -81,7 +81,7 @@ def holm(ps: Sequence[float]) -> list[float]:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and half the width of Student's 95 % interval."""
+    """Mean, and half-width of its 95 % interval by Student's t."""
     if len(values) < 2:
         return statistics.mean(values), math.inf
     half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
@@ -95,10 +95,10 @@ LEVEL, WANTED, MOST = 0.05, 0.8, 100_000
 
 
 def power(pairs: int, gain: float, spread: float, comparisons: int = 1) -> float:
-    """Probability that the test sees a true mean difference of `gain`, if differences are normal.
+    """Probability that the test detects a true mean difference of `gain`, if differences are normal.
 
-    spread: their standard deviation, in the unit of `gain`.
-    comparisons: the level is divided by it (the first and strictest step of Holm's correction).
+    spread: standard deviation of the differences, in the unit of `gain`.
+    comparisons: what the level is divided by (the first and strictest step of Holm's correction).
     """
     if pairs < 2:
         return 0.0
@@ -108,7 +108,7 @@ def power(pairs: int, gain: float, spread: float, comparisons: int = 1) -> float
 
 
 def pairs_for(gain: float, spread: float, comparisons: int = 1) -> int:
-    """The fewest pairs with a power of 80 %.
+    """The fewest pairs that detect `gain` with 80 % power.
 
     Raises:
         ValueError: if more than 100,000 would be needed.
@@ -117,7 +117,9 @@ def pairs_for(gain: float, spread: float, comparisons: int = 1) -> int:
     while power(high, gain, spread, comparisons) < WANTED:
         low, high = high, 2 * high
         if high > MOST:
-            raise ValueError(f"gain={gain!r} is too small beside a spread of {spread:g}; {MOST} pairs do not see it")
+            raise ValueError(
+                f"gain={gain!r} is too small beside a spread of {spread:g}; even {MOST} pairs would miss it"
+            )
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if power(middle, gain, spread, comparisons) >= WANTED else (middle, high)
@@ -125,7 +127,7 @@ def pairs_for(gain: float, spread: float, comparisons: int = 1) -> int:
 
 
 def visible_gain(pairs: int, spread: float, comparisons: int = 1) -> float:
-    """The smallest true difference that so many pairs see with a power of 80 %, in the unit of `spread`."""
+    """The smallest true difference that this many pairs detect with 80 % power, in the unit of `spread`."""
     low, high = 0.0, 1.0
     while power(pairs, high, 1.0, comparisons) < WANTED:
         low, high = high, 2 * high

@@ -17,7 +17,7 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def spread(values: dict[int, float], digits: int = 2, full: int = 0) -> str:
-    """Mean ± standard deviation [interval of the mean], how many have diverged, how many seeds, if not `full`."""
+    """Mean ± standard deviation [interval of the mean], how many diverged, and how many seeds if fewer than `full`."""
     if not values:
         return "–"
     finite = [value for value in values.values() if not math.isnan(value)]
@@ -34,7 +34,7 @@ def spread(values: dict[int, float], digits: int = 2, full: int = 0) -> str:
 
 
 def table(grid: Grid, value: Callable[[Record], float] = score, digits: int = 2) -> str:
-    """Methods × tasks and their average: mean ± standard deviation over seeds."""
+    """Methods × tasks, with the average over tasks: mean ± standard deviation over seeds."""
     full = len({seed for _, _, seed in grid.runs})
     rows = [
         [
@@ -48,7 +48,7 @@ def table(grid: Grid, value: Callable[[Record], float] = score, digits: int = 2)
 
 
 def single_metrics(grid: Grid) -> str:
-    """Every metric of the tasks that have more than one number, mean ± standard deviation over seeds."""
+    """Every metric of the tasks that have more than one, mean ± standard deviation over seeds."""
     columns = []
     for task in (get_task(task) for task in grid.tasks if task in TASKS):
         names = [f"{metric}{suffix}" for _, suffix in task.evaluations for metric in task.metrics]
@@ -62,7 +62,7 @@ def _metric(name: str) -> Callable[[Record], float]:
 
 
 def differences(grid: Grid, one: str, other: str) -> str:
-    """Task by task and on average: mean difference, its bootstrap interval and p."""
+    """For each task and on average: mean difference, its intervals and p."""
     cells = [str(Difference.between(grid.values(t, one), grid.values(t, other))) for t in grid.tasks]
     cells.append(str(Difference.between(grid.average(one), grid.average(other))))
     return markdown(["", *(t.upper() for t in grid.tasks), "average"], [[f"{name(one)} – {name(other)}", *cells]])

@@ -11,7 +11,7 @@ def name(method: str) -> str:
 
 
 def in_order(methods: Iterable[str]) -> list[str]:
-    """The paper's first, in its order."""
+    """The paper's methods first, in the paper's order."""
     known = list(NAMES)
     return sorted(set(methods), key=lambda m: (known.index(m) if m in NAMES else len(known), m))
 
