@@ -44,7 +44,7 @@ class AscentRows:
             NotImplementedError: if it has another number of rows, or is not known to be by row.
         """
         units, count = self.units[index]
-        with _refusing(f"takes {len(units)} of {count} rows of a batch"):
+        with _refusing(f" takes {len(units)} of {count} rows of a batch"):
             (part,) = _parts([batch], self.paired)
             if len(part.weights) != count:
                 raise NotUnderstood(f"the trainer has made {len(part.weights)} of them")
@@ -56,7 +56,7 @@ def _refusing(what: str) -> Iterator[None]:
     try:
         yield
     except NotUnderstood as error:
-        raise NotImplementedError(f"sam_ascent_fraction {what}, but {error}; use sam_ascent_fraction=1") from None
+        raise NotImplementedError(f"sam_ascent_fraction{what}, but {error}; use sam_ascent_fraction=1") from None
 
 
 def _take(batch: Any, part: "Rows | PackedSequences", units: list[int]) -> Any | None:
@@ -102,7 +102,7 @@ def choose_rows(batches: Sequence[Any], fraction: float, minimum: int = 2, *, pa
         raise ValueError(f"sam_ascent_fraction={fraction!r} must be above 0 and at most 1; 1 is the whole batch")
     if minimum < 1:
         raise ValueError(f"minimum={minimum!r} must be at least 1 row; 2 suits batch statistics and in-batch negatives")
-    with _refusing(f"{fraction!r} takes some of a batch's rows"):
+    with _refusing(f"={fraction!r} takes some of a batch's rows"):
         parts = _parts(batches, paired)
         chosen = _choose(parts, fraction, minimum)
         reduced = [_take(*one) for one in zip(batches, parts, chosen, strict=True)]

@@ -454,7 +454,9 @@ def test_odd_models_train_to_the_same_bits(build, kind, scope):
 def test_averages_that_a_forward_pass_writes_are_refused(build):
     """The second pass would take them once more, from the perturbed weights."""
     model = Odd("an average of trained weights")
-    with pytest.raises(NotImplementedError, match=r"written to parameters that are not in the optimizer.*or set sam_rho=0"):
+    with pytest.raises(
+        NotImplementedError, match=r"written to parameters that are not in the optimizer.*or set sam_rho=0"
+    ):
         build(Sharp, model, optim="sgd", sam_rho=0.3).train()
     build(Sharp, Odd("an average of trained weights"), optim="sgd").train()
 

@@ -130,11 +130,13 @@ def test_the_first_step_of_each_optimizer(method, tiny, glue, tmp_path):
     words = ["--config=configs/small.yaml", f"--config=configs/optim/{method}.yaml", "--task_name=rte"]
     words += ["--selection_samples=4"] if method == "amsgrad_stop" else []  # of 24
     trainer = one_step(words, tiny, glue("rte"), tmp_path)
-    radius = {"adasam": 0.01, "sam": 0.01}.get(method, 0.0)
+    names = {"adamw": "adamw_torch_fused", "sam": "sam", "sgdm": "sgdm"}
+    assert trainer.args.optim == ("amsgrad" if method.startswith("amsgrad") else names.get(method, "adasam"))
+    radii = {"sam": 0.01, "adasam": 0.01, "fast": 0.1, "free": 0.4}
+    radius = radii.get(method, 0.05 if trainer.args.optim == "adasam" else 0.0)
     assert trainer.args.resolved_rho == radius
     climbed = [entry for entry in trainer.state.log_history if "sam_loss" in entry]
-    assert bool(climbed) == (radius > 0)
-    assert trainer.args.optim == {"adamw": "adamw_torch_fused"}.get(method, method.partition("_")[0])
+    assert bool(climbed) == (radius > 0 and method not in ("free", "noise"))
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=str)

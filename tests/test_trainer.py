@@ -724,7 +724,7 @@ def test_inputs_that_change_in_place_are_told_of(build, caplog):
         trainer = build(kind, make_model("bert"), sam_rho=rho, **(WINDOW | more))
         trainer.data_collator = collator
         trainer.train()
-        return caplog.text.count("changes inputs ['input_ids'] in place")
+        return caplog.text.count("changes inputs['input_ids'] in place")
 
     assert told(Changes) == told(Changes, sam_scope="microbatch") == 1  # once
     assert told(Changes, rho=0.0) == told(Replaces) == told(Sharp, made_in_place) == 0
