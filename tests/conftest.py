@@ -2,6 +2,7 @@ import os
 
 # Before anything of Hugging Face is imported: tests reach no hub and read nothing from the user's settings.
 os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it deterministic algorithms are an error on CUDA
 
 import csv
 import gc
@@ -223,10 +224,10 @@ def build(request, tmp_path):
             "max_grad_norm": 0.0,
             "save_strategy": "no",
             "logging_steps": 1,
+            "use_cpu": on_cpu,
         }
         args = arguments(
             output_dir=str(tmp_path / folder),
-            use_cpu=on_cpu,
             report_to="none",
             disable_tqdm=True,
             **(defaults | kwargs),
