@@ -51,7 +51,7 @@ COMMANDS = {
     "power": Command("glue.report.power", "how many seeds a paired test needs to see a gain"),
     "submit": Command("glue.submission", "make the zip that the GLUE leaderboard takes"),
     "landscape": Command("benchmarks.landscape_command", "draw the loss around the weights of checkpoints"),
-    "benchmark": Command("benchmarks.command", "measure what a step costs, or what each mode keeps of AdaSAM"),
+    "benchmark": Command("benchmarks.command", "measure what a step costs, what each mode keeps of AdaSAM, and a GPU"),
     "env": Command("environment", "print versions and devices for a bug report"),
 }
 

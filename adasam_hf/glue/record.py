@@ -30,15 +30,23 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     os.replace(temporary, path)
 
 
+BUNDLE = "bundle.json"
+"""Beside a copy of the package that `adasam benchmark bundle` has made: the commit that it is of."""
+
+
 def provenance() -> dict[str, Any]:
     """Commit (and whether files differ from it), versions and hardware."""
     # An installed copy may lie inside the repository of someone else's project.
     tracked = _git("ls-files", "--error-unmatch", "__init__.py") is not None
     changed = _git("status", "--porcelain", "--untracked-files=no")
     added = _git("ls-files", "--others", "--exclude-standard", "--full-name", ":/*.py", ":/*.yaml")  # not records
+    bundle = Path(adasam_hf.__file__).parents[1] / BUNDLE
+    if tracked or not bundle.is_file():
+        origin = {"commit": _git("rev-parse", "HEAD"), "dirty": bool(changed or added)} if tracked else None
+    else:
+        origin = json.loads(bundle.read_text(encoding="utf-8"))
     return {
-        "commit": _git("rev-parse", "HEAD") if tracked else None,
-        "dirty": bool(changed or added) if tracked else None,
+        **(origin or {"commit": None, "dirty": None}),
         "versions": {
             "adasam_hf": adasam_hf.__version__,
             "python": platform.python_version(),
