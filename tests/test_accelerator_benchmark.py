@@ -160,6 +160,16 @@ def test_the_page_of_a_rehearsal_claims_nothing_and_names_what_waits(tmp_path):
     assert all(f"- {part}: " in text for part in ACCELERATOR_PARTS)
 
 
+def test_the_committed_page_is_that_of_its_records():
+    folder = PACKAGE.parent / "results" / "accelerator" / "rehearsal"
+    committed = (folder / "README.md").read_text(encoding="utf-8")
+    assert accelerator_page.page(folder, accelerator.LIMITS) == committed
+    records = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    assert len({record["commit"] for record in records}) == 1 and not any(record["dirty"] for record in records)
+    took = [json.loads(path.read_text()) for path in sorted((folder / "parts").glob("*.json"))]
+    assert sum(part["seconds"] for part in took) < 480 and not any(part["failure"] for part in took)
+
+
 def test_outcomes_are_read_from_pytest():
     line = "tests/test_a.py::test_b[AdaSAM, foreach-1] SKIPPED (waits for an accelerator: x) [ 12%]"
     assert accelerator.OUTCOME.match(line).groups() == (

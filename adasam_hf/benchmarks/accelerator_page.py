@@ -61,6 +61,7 @@ def page(output_dir: Path, known: Parts) -> str:
     if rehearsal:
         lines += ["", "## What waits for hardware", ""]
         lines += [f"- {name}: {waits_for}" for name, (_, waits_for) in known.items()]
+        lines.append("- all other tests of `tests/test_accelerator.py`: they ran, but on the CPU")
         waiting = records.get("tests", {}).get("tests", {})
         lines += [
             f"- `{test}`: {outcome['reason'].partition(':')[0].removeprefix('Skipped').strip()}"

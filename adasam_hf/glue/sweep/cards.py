@@ -63,7 +63,7 @@ def seconds_of(run: Run, size: Size, record: dict[str, Any] | None) -> float:
     if record is None:
         return OVERHEAD + 6 * size.parameters * tokens / SUSTAINED
     spent = statistics.median(record["seconds"]["AdaSAM"]) / 2  # of one pass
-    return OVERHEAD + tokens * spent / record["tokens"] * size.parameters / record["parameters"]
+    return float(OVERHEAD + tokens * spent / record["tokens"] * size.parameters / record["parameters"])
 
 
 def measurement(folder: Path | None = None) -> dict[str, Any] | None:
