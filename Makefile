@@ -6,11 +6,9 @@ export HF_HUB_OFFLINE = 1
 # The tests that find most mistakes in the least time: the maths, the perturbation, its kernels, randomness, the trainer.
 SMOKE = $(addprefix tests/test_,optim.py perturbation.py kernels.py rng.py trainer.py)
 
-# Wheels for a machine that reaches no index, and where the models and data of a bundle lie as packages.
+# For a machine that reaches no index.
 WHEELS ?= $(wildcard wheels)
 PIP = $(VENV)/bin/pip install --quiet $(if $(WHEELS),--no-index --find-links $(abspath $(WHEELS)))
-PACKAGES = PYTHONPATH=$(CURDIR):$(CURDIR)/packages
-GLUE ?= $(firstword $(wildcard glue ../shared/glue) nyu-mll/glue)
 
 .PHONY: quickstart smoke test lint accelerator accelerator-sweep
 
@@ -28,18 +26,25 @@ lint: $(VENV)/dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-# With the packages of $(PYTHON) if it has them, which knows the machine's accelerator; else with those of $(VENV).
-accelerator accelerator-sweep:
-	python=$(PYTHON); \
-	$$python -c 'import torch, transformers, accelerate, datasets, evaluate, sklearn, scipy, pytest, hypothesis' 2>/dev/null || \
-		{ $(MAKE) $(VENV)/accelerator && python=$(VENV)/bin/python; } && \
-	$(PACKAGES) $$python -m adasam_hf $(COMMAND_OF_$@) $(ARGS)
+# With the packages of $(PYTHON) if it has them, as it knows the machine's accelerator; else with those of $(VENV).
+NEEDED = torch, transformers, accelerate, datasets, evaluate, sklearn, scipy, pytest, hypothesis
+define with_packages
+python=$(PYTHON); \
+$$python -c 'import $(NEEDED)' 2> /dev/null || { $(MAKE) $(VENV)/accelerator && python=$(VENV)/bin/python; } && \
+export PYTHONPATH=$(CURDIR):$(CURDIR)/packages && \
+endef
 
-COMMAND_OF_accelerator = benchmark accelerator
+accelerator:
+	@$(with_packages) $$python -m adasam_hf benchmark accelerator $(ARGS)
+
 SWEEP ?= configs/sweeps/evidence/few_labels.yaml
+GLUE ?= $(firstword $(wildcard glue ../shared/glue) nyu-mll/glue)
 MINUTES ?= 20
 JOBS ?= 6
-COMMAND_OF_accelerator-sweep = sweep $(SWEEP) --dataset_name_or_path $(GLUE) --minutes $(MINUTES) --jobs $(JOBS)
+
+accelerator-sweep:
+	@$(with_packages) $$python -m adasam_hf.glue.sentences runs/sentences && \
+	$$python -m adasam_hf sweep $(SWEEP) --dataset_name_or_path $(GLUE) --minutes $(MINUTES) --jobs $(JOBS) $(ARGS)
 
 $(VENV)/%: setup.cfg constraints.txt
 	$(PYTHON) -m venv $(VENV)
