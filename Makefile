@@ -31,11 +31,11 @@ NEEDED = torch, transformers, accelerate, datasets, evaluate, sklearn, scipy, py
 define with_packages
 python=$(PYTHON); \
 $$python -c 'import $(NEEDED)' 2> /dev/null || { $(MAKE) $(VENV)/accelerator && python=$(VENV)/bin/python; } && \
-export PYTHONPATH=$(CURDIR):$(CURDIR)/packages && \
+export PYTHONPATH=$(CURDIR):$(CURDIR)/packages
 endef
 
 accelerator:
-	@$(with_packages) $$python -m adasam_hf benchmark accelerator $(ARGS)
+	@$(with_packages) && $$python -m adasam_hf benchmark accelerator $(ARGS)
 
 SWEEP ?= configs/sweeps/evidence/few_labels.yaml
 GLUE ?= $(firstword $(wildcard glue ../shared/glue) nyu-mll/glue)
@@ -43,7 +43,7 @@ MINUTES ?= 20
 JOBS ?= 6
 
 accelerator-sweep:
-	@$(with_packages) $$python -m adasam_hf.glue.sentences runs/sentences && \
+	@$(with_packages) && $$python -m adasam_hf.glue.sentences runs/sentences && \
 	$$python -m adasam_hf sweep $(SWEEP) --dataset_name_or_path $(GLUE) --minutes $(MINUTES) --jobs $(JOBS) $(ARGS)
 
 $(VENV)/%: setup.cfg constraints.txt
