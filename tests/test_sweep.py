@@ -950,6 +950,8 @@ def test_what_fits_into_a_budget(tmp_path):
     assert sorted(set(seconds)) == [220, 420]  # 20 and a second for each row and pass
     assert [fitting(rest, 1, limit / 60) for limit in (219, 220, 439, 440)] == [0, 1, 1, 2]
     assert fitting(rest, 8, max(seconds) / 60) == len(rest)  # side by side
+    assert Budget(1, time.monotonic() - 50).rest == pytest.approx(10, abs=1)
+    assert Budget(1, time.monotonic() - 70).rest == 0
 
 
 def test_times_are_those_of_the_same_hardware(tmp_path, monkeypatch):
@@ -1042,3 +1044,21 @@ def test_the_dry_run_of_the_papers_table(capsys):
     said = capsys.readouterr().out
     assert "hours of one card" in said and "disk: 2 checkpoints" in said and "goes on from its last checkpoint" in said
     assert [card for card in (16, 24, 80) if f"  {card} GB: micro-batch × accumulation" in said] == [16, 24, 80]
+
+
+@pytest.mark.slow
+def test_a_sweep_within_a_budget(tmp_path, tiny, glue):
+    """Ten minutes are enough, and five seconds for nothing; both end well, and records say what made them."""
+    path, folder = real_sweep(tmp_path, tiny, choose=None), glue("rte")
+    short = subprocess.run(
+        command(path, folder, "--minutes=0.08", "--jobs=2"),
+        env=environment(),
+        text=True,
+        capture_output=True,
+        timeout=SECONDS,
+    )
+    assert short.returncode == 0 and "the time is over: 4 of 4 runs are left" in short.stdout, short.stderr[-2000:]
+    assert not records_of(tmp_path)
+    subprocess.run(command(path, folder, "--minutes=10", "--jobs=2"), env=environment(), timeout=SECONDS, check=True)
+    made_by = [record["hardware"]["accelerators"] for record in records_of(tmp_path).values()]
+    assert made_by == [cost_module.accelerators()] * 4

@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -102,7 +103,9 @@ def base_of(sweep: Path) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`adasam sweep`: 1 if a run has failed."""
+    started = time.monotonic()  # a budget counts from here on
     args = parse(argv)
+    args.started = started
     from .procedure import run_sweep
     from .specification import Sweep
 

@@ -88,14 +88,14 @@ class OutOfTime(Exception):
 
 
 class Budget:
-    """So many minutes, from now on.
+    """So many minutes from `start` on, an instant of `time.monotonic`; from now on by default.
 
     A run whose time is known begins only if it can end in time; of one whose time is not known, the longest that any
     has taken so far stands for it.
     """
 
-    def __init__(self, minutes: float) -> None:
-        self.deadline = time.monotonic() + 60 * minutes
+    def __init__(self, minutes: float, start: float | None = None) -> None:
+        self.deadline = (time.monotonic() if start is None else start) + 60 * minutes
         self._longest = 0.0
 
     @property

@@ -48,7 +48,7 @@ class Processes:
 
     @staticmethod
     def _in_time(budget: Budget, run: Run, machine: Sequence[str], threads: int | None) -> dict[str, Any]:
-        budget.check(run, estimate([run])[run])
+        budget.check(run, estimate([run])[run] if budget.rest else None)
         start = time.monotonic()
         record = execute(run, machine, threads, None, budget)
         budget.note(time.monotonic() - start)

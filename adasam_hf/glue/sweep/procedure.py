@@ -54,7 +54,7 @@ def run_sweep(sweep: Sweep, args: argparse.Namespace, machine: Sequence[str]) ->
         prepare(open_runs, machine, [sweep.records(), sweep.runs()])
     engine: Engine
     if args.engine == "local":
-        budget = None if args.minutes is None else Budget(args.minutes)
+        budget = None if args.minutes is None else Budget(args.minutes, args.started)
         if budget is not None:
             print(_foreseen([*trials, *finals], args))
         engine = Processes(args.jobs, budget)
