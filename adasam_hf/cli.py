@@ -51,7 +51,7 @@ COMMANDS = {
     "power": Command("glue.report.power", "show how many seeds a paired t test needs to detect a gain"),
     "submit": Command("glue.submission", "make the zip for the GLUE leaderboard"),
     "landscape": Command("benchmarks.landscape_command", "draw the loss around the weights of checkpoints"),
-    "benchmark": Command("benchmarks.command", "measure what a step costs, or how flat each mode makes a model"),
+    "benchmark": Command("benchmarks.command", "measure what a step costs, what each mode keeps of AdaSAM, and a GPU"),
     "env": Command("environment", "print versions and devices for a bug report"),
 }
 

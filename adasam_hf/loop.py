@@ -281,9 +281,10 @@ class SharpnessAwareLoop:
 
     def _before_update(self) -> None:
         for window in (self._open, self._closed):
+            if window is None or not window.unfinished:
+                continue
             # (Where a second pass has failed before it left a gradient, nobody can have cleared any.)
-            abandoned = window is not None and window.has_gradients and window.others_cleared_gradients()
-            if window is not None and window.unfinished and not abandoned:
+            if not (window.has_gradients and window.others_cleared_gradients()):  # for which a device is waited for
                 raise RuntimeError(
                     f"optimizer.step() before {sum(one is not None for one in window)} micro-batches have had their "
                     "second pass: none of them was the last of the step, or the pass failed; pass last=True with "

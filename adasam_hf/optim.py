@@ -201,8 +201,10 @@ class AdaSAM(Optimizer):
 
         Raises:
             RuntimeError: if the weights are still perturbed, nothing was backpropagated while they were, the closure
-                adds to gradients that it does not clear, or its second call would not be what the first one was.
+                adds to gradients that it does not clear, or its second call would not be what the first one was; and
+                inside a CUDA graph, as there is no ``capturable``.
         """
+        _refuse_capture()
         if self._perturbation.active:
             raise RuntimeError("the weights are still perturbed; call restore() (or leave `perturbed()`) before step()")
         loss = None
@@ -323,6 +325,14 @@ def _is_called_from(module: str) -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+def _refuse_capture() -> None:
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "AdaSAM has no capturable=True: a CUDA graph of its step() would replay today's learning rate and count no "
+            "step; capture the forward and backward passes alone, and call step() outside the graph"
+        )
 
 
 def _refuse_accumulation_by_accelerate() -> None:

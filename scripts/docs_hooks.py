@@ -95,12 +95,13 @@ def _linked(text: str) -> str:
 
 
 def command_help() -> str:
+    from adasam_hf.benchmarks.command import BENCHMARKS
     from adasam_hf.cli import COMMANDS, usage
 
     parts = [_listing(usage("adasam"))]
     for name, command in COMMANDS.items():
         parts += [f"## `adasam {name}`", f"{command.summary[0].upper()}{command.summary[1:]}."]
-        for words in [[name], *([name, what] for what in ("step", "flatness") if name == "benchmark")]:
+        for words in [[name], *([name, what] for what in BENCHMARKS if name == "benchmark")]:
             shown = _help_of(words)
             if shown.count("\n") > 150:  # with all arguments of Transformers
                 shown = f'<details markdown="1"><summary>All arguments</summary>\n\n{_listing(shown)}\n\n</details>'

@@ -2,6 +2,7 @@ import os
 
 # Before anything of Hugging Face is imported: tests reach no hub and read nothing from the user's settings.
 os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it deterministic algorithms are an error on CUDA
 
 import csv
 import gc
@@ -31,9 +32,17 @@ from adasam_hf import (
     AdaSAMTrainingArguments,
     SharpnessAwareTrainerMixin,
 )
+from adasam_hf.environment import devices
 from adasam_hf.glue.data import resolve_path
 
 torch.set_num_threads(1)  # the models are tiny, and idle OpenMP threads spin
+
+# The device of the tests that take it as it comes: the current accelerator, if there is one and it is not forbidden.
+REHEARSAL = os.environ.get("ADASAM_DEVICE") == "cpu"
+DEVICE = torch.device("cpu")
+if not REHEARSAL and torch.accelerator.is_available():
+    DEVICE = torch.device(torch.accelerator.current_accelerator().type, torch.accelerator.current_device_index())
+    torch.empty(0, device=DEVICE)  # a generator that nobody has used yet is none of those that are captured
 
 SNAPSHOT = Path(os.environ.get("ADASAM_GLUE", Path(__file__).parents[2] / "shared" / "glue"))
 SIZE = {
@@ -85,12 +94,50 @@ def pytest_sessionfinish(session):
 
 
 def pytest_collection_modifyitems(config, items):
-    if config.option.markexpr:
-        return
     skip = pytest.mark.skip(reason="slow: run with -m 'slow or not slow'")
     for item in items:
-        if "slow" in item.keywords:
+        if "slow" in item.keywords and not config.option.markexpr:
             item.add_marker(skip)
+        for mark in item.iter_markers("accelerator"):
+            if reason := missing_hardware(*mark.args, **mark.kwargs):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+HARDWARE = {
+    "an accelerator": lambda: DEVICE.type != "cpu",
+    "a CUDA GPU": lambda: DEVICE.type == "cuda",
+    "a CUDA GPU with TF32": lambda: DEVICE.type == "cuda" and torch.cuda.get_device_capability() >= (8, 0),
+    "two CUDA GPUs": lambda: DEVICE.type == "cuda" and torch.cuda.device_count() >= 2,
+}
+
+
+def missing_hardware(what="an accelerator", rehearsal=True):
+    """Why a test that needs this hardware cannot run; None if it can.
+
+    rehearsal: whether ADASAM_DEVICE=cpu may run it on a CPU, where its code paths show something, too.
+    """
+    if HARDWARE[what]() or (REHEARSAL and rehearsal):
+        return None
+    return f"waits for {what}: " + (
+        "ADASAM_DEVICE=cpu forbids it, and a CPU would show nothing"
+        if REHEARSAL
+        else f"torch sees {devices()}; ADASAM_DEVICE=cpu rehearses what a CPU can"
+    )
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """The current accelerator, or the CPU where there is none, or where ADASAM_DEVICE=cpu."""
+    return DEVICE
+
+
+def random_state():
+    """Of the generator that draws the dropout masks on DEVICE."""
+    return torch.get_rng_state() if DEVICE.type == "cpu" else torch.get_device_module(DEVICE).get_rng_state()
+
+
+def set_random_state(state):
+    (torch if DEVICE.type == "cpu" else torch.get_device_module(DEVICE)).set_rng_state(state)
 
 
 @pytest.fixture
@@ -124,7 +171,7 @@ def make_rows(count: int = 22) -> list[dict]:
 
 
 def flat(model) -> torch.Tensor:
-    return torch.cat([p.detach().reshape(-1).clone() for p in model.parameters()])
+    return torch.cat([p.detach().reshape(-1).clone() for p in model.parameters()]).cpu()
 
 
 @pytest.fixture(autouse=True)
@@ -160,7 +207,10 @@ class SeedSteps(TrainerCallback):
 
 
 @pytest.fixture
-def build(tmp_path):
+def build(request, tmp_path):
+    """Makes a small trainer: on DEVICE for a test that uses the fixture `device`, otherwise on the CPU."""
+    on_cpu = "device" not in request.fixturenames or DEVICE.type == "cpu"
+
     def build(kind, model, rows=None, callbacks=None, mend=True, folder="out", optimizers=(None, None), **kwargs):
         arguments = AdaSAMTrainingArguments if issubclass(kind, SharpnessAwareTrainerMixin) else TrainingArguments
         if issubclass(kind, AdaSAMSeq2SeqTrainer):
@@ -174,9 +224,13 @@ def build(tmp_path):
             "max_grad_norm": 0.0,
             "save_strategy": "no",
             "logging_steps": 1,
+            "use_cpu": on_cpu,
         }
         args = arguments(
-            output_dir=str(tmp_path / folder), use_cpu=True, report_to="none", disable_tqdm=True, **(defaults | kwargs)
+            output_dir=str(tmp_path / folder),
+            report_to="none",
+            disable_tqdm=True,
+            **(defaults | kwargs),
         )
         rows = make_rows() if rows is None else rows
         trainer = kind(model=model, args=args, train_dataset=rows, callbacks=callbacks, optimizers=optimizers, **extra)

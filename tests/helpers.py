@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from conftest import InOrder, make_rows
+from conftest import InOrder, make_rows, random_state
 from datasets import ClassLabel, Dataset, Features, Value
 from torch import nn
 from torch.ao.quantization import FakeQuantize, MovingAverageMinMaxObserver
@@ -185,7 +185,7 @@ class Fingerprint(TrainerCallback):
         self.states = []
 
     def on_step_end(self, *args, **kwargs):
-        self.states.append(torch.get_rng_state())
+        self.states.append(torch.cat([torch.get_rng_state(), random_state()]))
 
 
 def causal_rows():

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import DEVICE
 from distributed import directions as workers
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
@@ -24,7 +25,7 @@ SHAPES = [(3, 4), (5,)]
 
 def parameters(dtype=torch.float64):
     generator = torch.Generator().manual_seed(0)
-    return [nn.Parameter(torch.randn(shape, generator=generator, dtype=dtype)) for shape in SHAPES]
+    return [nn.Parameter(torch.randn(shape, generator=generator, dtype=dtype).to(DEVICE)) for shape in SHAPES]
 
 
 def gradients(t):
@@ -37,14 +38,14 @@ def gradients(t):
 
 def set_gradients(params, values):
     for p, value in zip(params, values, strict=True):
-        p.grad = None if value is None else torch.as_tensor(value, dtype=p.dtype)
+        p.grad = None if value is None else torch.as_tensor(value, dtype=p.dtype, device=p.device)
 
 
 def moves(params, perturbation, direction, **options):
     """By how much each parameter moves, and its gradient afterwards that of the update."""
     before = [p.detach().clone() for p in params]
     with perturbation.perturbed(RHO, direction, **options):
-        return [(p.detach() - b).numpy() for p, b in zip(params, before, strict=True)]
+        return [(p.detach() - b).cpu().numpy() for p, b in zip(params, before, strict=True)]
 
 
 def sphere(vectors):
@@ -212,8 +213,9 @@ def by_hand(seed, updates):
     out = []
     for place, shape in enumerate(SHAPES):
         word = np.random.SeedSequence((seed, updates, place)).generate_state(1)[0]
-        generator = torch.Generator().manual_seed(int(word))
-        out.append(torch.randn(shape, generator=generator, dtype=torch.float64).numpy())
+        generator = torch.Generator(DEVICE).manual_seed(int(word))
+        drawn = torch.randn(shape, generator=generator, dtype=torch.float64, device=DEVICE)
+        out.append(drawn.cpu().numpy())
     return sphere(out)
 
 

@@ -238,7 +238,7 @@ def check(words: list[str], capsys, monkeypatch) -> None:
         words = words[1:]
     program = words[0].removeprefix(".venv/bin/")
     if program == "make":
-        targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         assert words[1] in targets
     elif program == "pip":
         for extra in re.findall(r"\[([\w,]+)\]", " ".join(words)):

@@ -4,6 +4,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from conftest import DEVICE
 from oracle import FAULTS, Oracle
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
@@ -32,7 +33,7 @@ def problem(dtype=torch.float64):
         return [s * np.sin(a + t) / (1 + t) for s, a in zip(scales, x, strict=True)]
 
     def loss(params, t):
-        wide = [torch.as_tensor(s, dtype=dtype) for s in scales]
+        wide = [torch.as_tensor(s, dtype=dtype, device=p.device) for s, p in zip(scales, params, strict=True)]
         return sum((-s * torch.cos(p + t) / (1 + t)).sum() for s, p in zip(wide, params, strict=True))
 
     return start, gradients, loss
@@ -40,7 +41,7 @@ def problem(dtype=torch.float64):
 
 def run_optimizer(dtype, steps=6, groups=GROUPS, **implementation):
     start, _, loss = problem(dtype)
-    params = [nn.Parameter(torch.as_tensor(p, dtype=dtype)) for p in start]
+    params = [nn.Parameter(torch.as_tensor(p, dtype=dtype, device=DEVICE)) for p in start]
     optimizer = AdaSAM(
         [{**{k: v for k, v in g.items() if k != "index"}, "params": [params[i] for i in g["index"]]} for g in groups],
         **implementation,
@@ -51,7 +52,7 @@ def run_optimizer(dtype, steps=6, groups=GROUPS, **implementation):
             loss(params, t).backward()
         optimizer.step()
         optimizer.zero_grad()
-    return [p.detach().double().numpy() for p in params]
+    return [p.detach().cpu().double().numpy() for p in params]
 
 
 def run_oracle(steps=6, groups=GROUPS, fault=None):
@@ -104,7 +105,7 @@ def test_radius_zero_is_amsgrad(name):
     flat_groups = [{**g, "rho": 0.0} for g in GROUPS]
     two_passes = run_optimizer(torch.float64, groups=flat_groups, **IMPLEMENTATIONS[name])
     start, _, loss = problem()
-    params = [nn.Parameter(torch.as_tensor(p)) for p in start]
+    params = [nn.Parameter(torch.as_tensor(p, device=DEVICE)) for p in start]
     optimizer = AdaSAM(
         [
             {**{k: v for k, v in g.items() if k not in ("index", "rho")}, "params": [params[i] for i in g["index"]]}
@@ -117,14 +118,14 @@ def test_radius_zero_is_amsgrad(name):
         optimizer.zero_grad()
         loss(params, t).backward()
         optimizer.step()
-    assert all(np.array_equal(a, p.detach().numpy()) for a, p in zip(two_passes, params, strict=True))
+    assert all(np.array_equal(a, p.detach().cpu().numpy()) for a, p in zip(two_passes, params, strict=True))
     assert distance(two_passes, run_oracle(groups=flat_groups)) < TOLERANCE[torch.float64]
     assert distance(two_passes, run_oracle()) > 1e-3  # the radius does matter here
 
 
 def test_closure_form_equals_written_out_form():
     start, _, loss = problem()
-    params = [nn.Parameter(torch.as_tensor(p)) for p in start]
+    params = [nn.Parameter(torch.as_tensor(p, device=DEVICE)) for p in start]
     groups = [
         {**{k: v for k, v in g.items() if k != "index"}, "params": [params[i] for i in g["index"]]} for g in GROUPS
     ]
@@ -142,7 +143,8 @@ def test_closure_form_equals_written_out_form():
         returned = optimizer.step(closure)
         assert returned.item() == calls[-2]  # the loss at the unperturbed weights
     assert len(calls) == 12
-    assert all(np.array_equal(a, p.detach().numpy()) for a, p in zip(run_optimizer(torch.float64), params, strict=True))
+    written_out = run_optimizer(torch.float64)
+    assert all(np.array_equal(a, p.detach().cpu().numpy()) for a, p in zip(written_out, params, strict=True))
 
 
 def test_closure_is_called_once_at_radius_zero():
@@ -164,7 +166,7 @@ def test_closure_is_called_once_at_radius_zero():
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_tensor_learning_rate(name):
     def run(lr):
-        p = nn.Parameter(torch.linspace(-1, 1, 7, dtype=torch.float64))
+        p = nn.Parameter(torch.linspace(-1, 1, 7, dtype=torch.float64, device=DEVICE))
         optimizer = AdaSAM([p], lr=lr, rho=0.0, **IMPLEMENTATIONS[name])
         for _ in range(3):
             p.grad = p.detach() * 2 + 1
@@ -210,10 +212,10 @@ def train(model, optimizer, data, steps):
 def test_interrupted_equals_uninterrupted(tmp_path, transport):
     def fresh():
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Dropout(0.2), nn.Linear(8, 2))
+        model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Dropout(0.2), nn.Linear(8, 2)).to(DEVICE)
         return model, AdaSAM(model.parameters(), lr=0.05)
 
-    data = torch.randn(6, 4, generator=torch.Generator().manual_seed(3))
+    data = torch.randn(6, 4, generator=torch.Generator().manual_seed(3)).to(DEVICE)
     whole, optimizer = fresh()
     train(whole, optimizer, data, range(6))
 

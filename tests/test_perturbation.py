@@ -7,6 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from conftest import DEVICE
 from oracle import Oracle
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
@@ -34,9 +35,10 @@ def climb(request, monkeypatch):
 
 def parameters(dtype=torch.float64):
     generator = torch.Generator().manual_seed(0)
-    params = [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in [(3, 4), (5,), (2, 2)]]
+    shapes = [(3, 4), (5,), (2, 2)]
+    params = [nn.Parameter(torch.randn(shape, generator=generator).to(DEVICE, dtype)) for shape in shapes]
     for p in params:
-        p.grad = torch.randn(p.shape, generator=generator).to(dtype)
+        p.grad = torch.randn(p.shape, generator=generator).to(DEVICE, dtype)
     return params
 
 
@@ -51,17 +53,17 @@ def same(a, b):
 def test_direction_and_norm(climb):
     params = parameters()
     optimizer = torch.optim.SGD([{"params": params[:2]}, {"params": params[2:]}], lr=0.1)
-    gradients = [p.grad.numpy() for p in params]
+    gradients = [p.grad.cpu().numpy() for p in params]
     groups = [{"index": [0, 1], "rho": 0.3, "eps": 1.0}, {"index": [2], "rho": 0.7, "eps": 1.0}]
-    start = [p.detach().numpy().copy() for p in params]
+    start = [p.detach().cpu().numpy().copy() for p in params]
     want = Oracle(start, groups).perturbed(gradients)
     wrong = Oracle(start, groups, fault="norm_per_parameter").perturbed(gradients)
 
     norm = Perturbation(optimizer).ascend([0.3, 0.7])
     assert norm.item() == pytest.approx(np.sqrt(sum((g**2).sum() for g in gradients)), rel=1e-14)
     for p, x, y in zip(params, want, wrong, strict=True):
-        np.testing.assert_allclose(p.detach().numpy(), x, rtol=1e-14)
-        assert not np.allclose(p.detach().numpy(), y, rtol=1e-3)
+        np.testing.assert_allclose(p.detach().cpu().numpy(), x, rtol=1e-14)
+        assert not np.allclose(p.detach().cpu().numpy(), y, rtol=1e-3)
     assert all(p.grad is None for p in params)
 
 
@@ -95,7 +97,7 @@ def test_subtracting_would_not_restore():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_half_precision_climbs_by_a_float32_norm(dtype, climb):
-    p = nn.Parameter(torch.zeros(4096, dtype=dtype))
+    p = nn.Parameter(torch.zeros(4096, dtype=dtype, device=DEVICE))
     p.grad = torch.full_like(p, 2.0**11)  # the sum of squares is far beyond float16
     norm = Perturbation(torch.optim.SGD([p], lr=0.1)).ascend(64.0)
     assert norm.dtype == torch.float32
@@ -121,8 +123,8 @@ def test_no_climb_on_a_zero_or_non_finite_norm(bad, climb):
 
 
 def test_no_climb_where_it_would_overflow(climb):
-    p = nn.Parameter(torch.ones((), dtype=torch.float32))
-    p.grad = torch.full((), 1e-42)  # ρ/‖s‖ is beyond float32
+    p = nn.Parameter(torch.ones((), dtype=torch.float32, device=DEVICE))
+    p.grad = torch.full_like(p, 1e-42)  # ρ/‖s‖ is beyond float32
     norm = Perturbation(torch.optim.SGD([p], lr=0.1)).ascend(0.1)
     assert norm.item() > 0 and p.item() == 1.0
 
@@ -243,10 +245,10 @@ def test_misuse_is_explained():
 
 def test_autocast_uses_the_perturbed_weights():
     """Inside one autocast region, the casts of the old weights must not be used again."""
-    model = nn.Linear(8, 1, bias=False)
+    model = nn.Linear(8, 1, bias=False).to(DEVICE)
     optimizer = AdaSAM(model.parameters(), rho=3.0)
-    x = torch.randn(16, 8)
-    with torch.autocast("cpu", torch.bfloat16):
+    x = torch.randn(16, 8).to(DEVICE)
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         clean = model(x).float().square().mean()
         clean.backward()
         with optimizer.perturbed():

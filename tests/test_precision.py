@@ -19,20 +19,20 @@ SCOPES = pytest.mark.parametrize("scope", ["batch", "microbatch"])
 
 @SCOPES
 @pytest.mark.compat("Precision", "bf16 autocast × accumulation × clipping")
-def test_bf16_autocast_equals_a_hand_written_loop(build, scope):
+def test_bf16_autocast_equals_a_hand_written_loop(build, device, scope):
     model = make_model("bert", torch.float32, **NO_DROPOUT)
     flags = {"optim": "adasam", "sam_scope": scope, "gradient_accumulation_steps": 2, "max_grad_norm": 0.1}
     trainer = build(Sharp, model, make_rows(16), bf16=True, **flags)
     trainer.train()
-    want = by_hand(make_rows(16), scope, k=2, clip=0.1, autocast=torch.bfloat16)
+    want = by_hand(make_rows(16), scope, k=2, clip=0.1, autocast=torch.bfloat16, device=device)
     assert torch.equal(flat(model), want)
-    other = by_hand(make_rows(16), scope, k=2, clip=0.1)
+    other = by_hand(make_rows(16), scope, k=2, clip=0.1, device=device)
     assert not torch.equal(want, other)  # the control: without autocast
 
 
-def by_hand(rows, scope, k=1, clip=0.0, autocast=None, scaler=None):
+def by_hand(rows, scope, k=1, clip=0.0, autocast=None, scaler=None, device="cpu"):
     """Weights after one epoch of a plain torch loop, as one would write it with autocast and a scaler."""
-    model = make_model("bert", torch.float32, **NO_DROPOUT).train()
+    model = make_model("bert", torch.float32, **NO_DROPOUT).to(device).train()
     # the Trainer's two groups and settings
     names = {n: p for n, p in model.named_parameters()}
     decayed = [p for n, p in names.items() if "bias" not in n and "LayerNorm" not in n]
@@ -41,8 +41,8 @@ def by_hand(rows, scope, k=1, clip=0.0, autocast=None, scaler=None):
     scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
 
     def backward(batch):
-        inputs = {key: torch.stack([r[key] for r in batch]) for key in ("input_ids", "labels")}
-        with torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
+        inputs = {key: torch.stack([r[key] for r in batch]).to(device) for key in ("input_ids", "labels")}
+        with torch.autocast(torch.device(device).type, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
             loss = model(**inputs).loss / k
         scaler.scale(loss).backward()
 

@@ -3,14 +3,14 @@ import random
 import numpy as np
 import pytest
 import torch
-from conftest import Plain, Sharp, flat
+from conftest import DEVICE, Plain, Sharp, flat
 from torch import nn
 
 from adasam_hf import rng
 
 
 def draw():
-    return torch.rand(3).tolist(), random.random(), np.random.rand(3).tolist()
+    return torch.rand(3).tolist(), torch.rand(3, device=DEVICE).tolist(), random.random(), np.random.rand(3).tolist()
 
 
 def test_replay_draws_the_same_and_leaves_no_trace():

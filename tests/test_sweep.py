@@ -25,11 +25,12 @@ from adasam_hf.cli import run_command
 from adasam_hf.glue.arguments import parse
 from adasam_hf.glue.configs import find_config
 from adasam_hf.glue.run import main as run_glue
+from adasam_hf.glue.sweep import cards, engines, execution, procedure
 from adasam_hf.glue.sweep import command as command_line
-from adasam_hf.glue.sweep import engines, execution, procedure
+from adasam_hf.glue.sweep import cost as cost_module
 from adasam_hf.glue.sweep.choice import blind_grids, chosen
 from adasam_hf.glue.sweep.command import base_of
-from adasam_hf.glue.sweep.cost import checkpoint_size, cost, estimate, work
+from adasam_hf.glue.sweep.cost import Budget, OutOfTime, checkpoint_size, cost, estimate, fitting, work
 from adasam_hf.glue.sweep.preparation import prepare
 from adasam_hf.glue.sweep.records import check
 from adasam_hf.glue.sweep.run import comparable, parse_run
@@ -934,3 +935,131 @@ def test_the_first_step_as_launched(name, tiny, glue, tmp_path):
     record = json.loads((tmp_path / "out" / "record.json").read_text())
     assert len([entry for entry in record["log_history"] if "sam_gap" in entry]) == 2
     assert "2 processes" in done.stderr  # the line that the run begins with
+
+
+# ---- a budget, and what a GPU needs ----
+
+
+def test_what_fits_into_a_budget(tmp_path):
+    arguments = {"do_train": True, "model_name_or_path": "x", "max_train_samples": 100, "num_train_epochs": 2}
+    sweep = Sweep(write_sweep(tmp_path, arguments=arguments))
+    trials = sweep.trials()
+    assert fitting(trials, 1, 10) is None
+    put(trials[0], 0.5, seconds_per_row=1.0)
+    rest = trials[1:]
+    seconds = [estimate(rest)[run] for run in rest]
+    assert sorted(set(seconds)) == [220, 420]  # 20 and a second for each row and pass
+    assert [fitting(rest, 1, limit / 60) for limit in (219, 220, 439, 440)] == [0, 1, 1, 2]
+    assert fitting(rest, 8, max(seconds) / 60) == len(rest)  # side by side
+    assert Budget(1, time.monotonic() - 50).rest == pytest.approx(10, abs=1)
+    assert Budget(1, time.monotonic() - 70).rest == 0
+
+
+def test_times_are_those_of_the_same_hardware(tmp_path, monkeypatch):
+    arguments = {"do_train": True, "model_name_or_path": "x", "max_train_samples": 100, "num_train_epochs": 2}
+    trials = Sweep(write_sweep(tmp_path, arguments=arguments)).trials()
+    put(trials[0], 0.5, seconds_per_row=1.0, hardware={"accelerators": []})
+    put(trials[1], 0.5, seconds_per_row=0.1, hardware={"accelerators": ["A Card"]})
+    monkeypatch.setattr(cost_module, "accelerators", list)
+    assert estimate(trials)[trials[2]] == pytest.approx(20 + work(trials[2]))
+    monkeypatch.setattr(cost_module, "accelerators", lambda: ["A Card"])
+    assert estimate(trials)[trials[2]] == pytest.approx(20 + 0.1 * work(trials[2]))
+    monkeypatch.setattr(cost_module, "accelerators", lambda: ["Another"])
+    assert estimate(trials)[trials[2]] is None
+
+
+@pytest.mark.parametrize(("minutes", "all_of_them"), [(1 / 60, False), (60, True)])
+def test_no_run_begins_that_would_end_too_late(tmp_path, monkeypatch, minutes, all_of_them):
+    """Its time is not known, so that the longest so far, 0.4 s, stands for it."""
+    runs, done = Sweep(write_sweep(tmp_path)).trials(), []
+
+    def take_a_while(run, machine, threads, node, budget):
+        time.sleep(0.4)
+        done.append(run)
+        return {}
+
+    monkeypatch.setattr(engines, "execute", take_a_while)
+    engine = engines.Processes(1, Budget(minutes))
+    start = time.monotonic()
+    assert engines.do(runs, engine, []) == [] and done
+    assert (len(done) == len(runs)) is all_of_them
+    assert all_of_them or time.monotonic() - start < 1.5
+    engine.close()
+
+
+def test_a_run_that_is_still_at_work_is_stopped(tmp_path, monkeypatch):
+    run, *_ = Sweep(write_sweep(tmp_path)).finals(lambda *key: {})
+    monkeypatch.setattr(execution.subprocess, "run", lambda *a, timeout, **k: stop(timeout))
+
+    def stop(timeout):
+        assert 0 < timeout <= 60
+        raise subprocess.TimeoutExpired("x", timeout)
+
+    with pytest.raises(OutOfTime):
+        execution.execute(run, [], budget=Budget(1))
+    assert not run.record.exists()
+    state = json.loads((run.folder / "plan.json").read_text())
+    assert state["failures"] == 0  # it has not failed, and is tried anew another time
+
+
+@pytest.mark.parametrize(
+    ("words", "message"), [(["--minutes=0"], "--minutes=0.0 must"), (["--minutes=1", "--engine=ray"], "--engine local")]
+)
+def test_a_budget_that_makes_no_sense(words, message, tmp_path, capsys):
+    assert run_command("sweep", [str(write_sweep(tmp_path)), *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_how_a_batch_is_split_for_a_card():
+    """By hand: RoBERTa-large with AdaSAM has w, g, m, v, v̂, the copy (4 bytes each) and bf16 casts (2)."""
+    run = Sweep(Path("configs/sweeps/table1.yaml"), tasks=["sst2"], methods=["adasam"]).finals(
+        lambda *key: {"sam_rho": 0.01}
+    )[0]
+    size = cards.size_of("roberta-large")
+    fixed = 26 * 355_361_794
+    row = 34 * 24 * 512 * 1024
+    for card in cards.CARDS:
+        rows = cards.micro_batch(run, size, card)
+        assert fixed + rows * row <= 0.9 * card * 1e9
+        assert rows == 64 or fixed + 2 * rows * row > 0.9 * card * 1e9
+        assert 64 % rows == 0
+    assert cards.micro_batch(run, size, 10) == 0
+    assert cards.micro_batch(run, size, 80) == 64 > cards.micro_batch(run, size, 16)
+
+
+def test_gpu_hours_follow_from_the_record_or_an_assumption(tmp_path):
+    run = Sweep(Path("configs/sweeps/table1.yaml"), tasks=["rte"], methods=["amsgrad"]).finals(lambda *key: {})[0]
+    size = cards.size_of("roberta-large")
+    tokens = work(run) * 88
+    assert cards.seconds_of(run, size, None) == pytest.approx(20 + 6 * size.parameters * tokens / 1e14)
+    record = {"device": "cuda", "seconds": {"AdaSAM": [0.2, 0.2, 0.9]}, "tokens": 1000, "parameters": size.parameters}
+    (tmp_path / cards.MEASURED).write_text(json.dumps(record))
+    assert cards.measurement(tmp_path) == record
+    assert cards.seconds_of(run, size, record) == pytest.approx(20 + tokens * 0.1 / 1000)
+    (tmp_path / cards.MEASURED).write_text(json.dumps(record | {"device": "cpu"}))  # a rehearsal's
+    assert cards.measurement(tmp_path) is None
+
+
+def test_the_dry_run_of_the_papers_table(capsys):
+    assert run_command("sweep", ["configs/sweeps/table1.yaml", "--dry_run"]) == 0
+    said = capsys.readouterr().out
+    assert "hours of one card" in said and "disk: 2 checkpoints" in said and "goes on from its last checkpoint" in said
+    assert [card for card in (16, 24, 80) if f"  {card} GB: micro-batch × accumulation" in said] == [16, 24, 80]
+
+
+@pytest.mark.slow
+def test_a_sweep_within_a_budget(tmp_path, tiny, glue):
+    """Ten minutes are enough, and five seconds for nothing; both end well, and records say what made them."""
+    path, folder = real_sweep(tmp_path, tiny, choose=None), glue("rte")
+    short = subprocess.run(
+        command(path, folder, "--minutes=0.08", "--jobs=2"),
+        env=environment(),
+        text=True,
+        capture_output=True,
+        timeout=SECONDS,
+    )
+    assert short.returncode == 0 and "the time is over: 4 of 4 runs are left" in short.stdout, short.stderr[-2000:]
+    assert not records_of(tmp_path)
+    subprocess.run(command(path, folder, "--minutes=10", "--jobs=2"), env=environment(), timeout=SECONDS, check=True)
+    made_by = [record["hardware"]["accelerators"] for record in records_of(tmp_path).values()]
+    assert made_by == [cost_module.accelerators()] * 4

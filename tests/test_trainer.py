@@ -4,7 +4,21 @@ from functools import wraps
 import numpy as np
 import pytest
 import torch
-from conftest import BETAS, EPS, LR, InOrder, Plain, SeedSteps, Sharp, flat, make_model, make_rows
+from conftest import (
+    BETAS,
+    DEVICE,
+    EPS,
+    LR,
+    InOrder,
+    Plain,
+    SeedSteps,
+    Sharp,
+    flat,
+    make_model,
+    make_rows,
+    random_state,
+    set_random_state,
+)
 from helpers import Fingerprint, causal_model, causal_rows
 from oracle import Oracle
 from torch.nn.functional import cross_entropy
@@ -33,7 +47,7 @@ class HandWritten:
     """Both passes, the window, clipping and the update in NumPy; only the model's own gradients come from torch."""
 
     def __init__(self, head, update, scope, k, smoothing=0.0, clip=0.0, decay=0.0, rho=0.05, fault=None):
-        self.model = make_model(head).train()
+        self.model = make_model(head).to(DEVICE).train()
         self.update, self.scope, self.k, self.smoothing, self.clip, self.fault = (
             update,
             scope,
@@ -50,28 +64,28 @@ class HandWritten:
             {**common, "weight_decay": decay, "index": decayed},
             {**common, "weight_decay": 0.0, "index": plain},
         ]
-        self.oracle = Oracle([p.detach().numpy() for p in self.model.parameters()], groups)
+        self.oracle = Oracle([p.detach().cpu().numpy() for p in self.model.parameters()], groups)
         self.buffer = [0.0 for _ in names]
 
     def gradient(self, at, rows):
         for p, value in zip(self.model.parameters(), at, strict=True):
             p.data.copy_(torch.from_numpy(np.asarray(value)))
             p.grad = None
-        logits = self.model(input_ids=torch.stack([r["input_ids"] for r in rows])).logits
-        labels = torch.stack([r["labels"] for r in rows])
+        logits = self.model(input_ids=torch.stack([r["input_ids"] for r in rows]).to(DEVICE)).logits
+        labels = torch.stack([r["labels"] for r in rows]).to(DEVICE)
         loss = cross_entropy(logits, labels)
         if self.smoothing:  # as Transformers has it, with one sum in float32
             uniform = -logits.log_softmax(-1).sum(-1, dtype=torch.float32).mean() / logits.shape[-1]
             loss = (1 - self.smoothing) * loss + self.smoothing * uniform
         loss.backward()
-        return loss.item(), [p.grad.numpy().copy() for p in self.model.parameters()]
+        return loss.item(), [p.grad.cpu().numpy().copy() for p in self.model.parameters()]
 
     def mean(self, at, micro_batches, states):
         """Mean loss and gradient over micro-batches, each from its own random state."""
         total, gradients = 0.0, None
         for rows, state in zip(micro_batches, states, strict=True):
             if state is not None:
-                torch.set_rng_state(state)
+                set_random_state(state)
             loss, g = self.gradient(at, rows)
             total += loss / len(micro_batches)
             g = [x / len(micro_batches) for x in g]
@@ -82,7 +96,7 @@ class HandWritten:
         x = self.oracle.x
         states, ascents, clean = [], [], 0.0
         for rows in micro_batches:
-            states.append(torch.get_rng_state())
+            states.append(random_state())
             loss, g = self.gradient(x, rows)
             clean += loss / len(micro_batches)
             ascents.append(g)
@@ -167,7 +181,7 @@ def trained(build, head, optim, scope, k=1, smoothing=0.0, clip=0.0, decay=0.0, 
         }.items()
     ],
 )
-def test_equals_a_hand_written_loop(build, head, case, optim, scope):
+def test_equals_a_hand_written_loop(build, device, head, case, optim, scope):
     trainer = trained(build, head, optim, scope, **CASES[case])
     want, want_logs = HandWritten(head, optim, scope, **{"k": 1, **CASES[case]}).run(make_rows())
     got = flat(trainer.model).numpy()
@@ -235,14 +249,14 @@ SETTINGS = {
 @pytest.mark.compat("Trainer behaviour", "radius 0 is the stock run bit for bit (AdamW, SGD, Adafactor)")
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "sgd", "adafactor"])
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_radius_zero_is_the_stock_run(build, setting, optim):
+def test_radius_zero_is_the_stock_run(build, device, setting, optim):
     trainer = compare_with_stock(build, {"optim": optim, **SETTINGS[setting]}, {"sam_rho": 0.0})
     assert not any("sam_loss" in entry for entry in trainer.state.log_history)
 
 
 @pytest.mark.parametrize("scope", ["batch", "microbatch"])
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_two_passes_with_no_effect_are_the_stock_run(build, setting, scope):
+def test_two_passes_with_no_effect_are_the_stock_run(build, device, setting, scope):
     """Radius 1e-30 runs all the machinery but moves no float32 weight: weights and randomness are those of stock."""
     trainer = compare_with_stock(build, SETTINGS[setting], {"sam_rho": 1e-30, "sam_scope": scope})
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -340,7 +354,7 @@ def test_unsized_data_carries_left_over_gradients_as_stock_does(build, scope):
 
 @pytest.mark.parametrize("scope", ["batch", "microbatch"])
 @pytest.mark.compat("Accumulation", "custom `compute_loss_func`")
-def test_a_custom_loss_equals_a_hand_written_loop(build, scope):
+def test_a_custom_loss_equals_a_hand_written_loop(build, device, scope):
     def mean(outputs, labels, num_items_in_batch=None):
         return cross_entropy(outputs.logits, labels) / trainer.current_gradient_accumulation_steps
 

@@ -20,16 +20,18 @@ import adasam_hf
 
 from ..glue.data import resolve_path
 from ..glue.sentences import read_sentences
+from .device import chosen_device
 from .settings import FROZEN_MODES, MINILM, MODES, RHO, SIZES
 
 Batch: TypeAlias = dict[str, Tensor]
 
 
 def build_model(name: str) -> PreTrainedModel:
-    """MiniLM from its package, or a BERT or RoBERTa of one of the SIZES with random weights."""
+    """MiniLM from its package, or a BERT or RoBERTa of one of the SIZES with random weights; on the chosen device."""
     torch.manual_seed(0)
     if name == "minilm":
         model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(resolve_path(MINILM), num_labels=2)
+        model.to(chosen_device())  # type: ignore[arg-type]  # Transformers' types say less than torch's
         model.train()
         return model
     hidden, layers, heads = SIZES[name]
@@ -43,7 +45,8 @@ def build_model(name: str) -> PreTrainedModel:
         intermediate_size=4 * hidden,
         max_position_embeddings=514,
     )
-    model = AutoModelForSequenceClassification.from_config(config)
+    with chosen_device():  # which makes random weights much faster than a CPU
+        model = AutoModelForSequenceClassification.from_config(config)
     model.train()
     return model
 
@@ -81,7 +84,8 @@ def build_batches(count: int, size: int, vocabulary: int) -> list[Batch]:
             texts, truncation=True, max_length=48, padding=True, pad_to_multiple_of=8, return_tensors="pt"
         )
         batch["input_ids"] %= vocabulary
-        batches.append({**batch, "labels": torch.tensor([int(row["label"]) for row in chosen])})
+        batch["labels"] = torch.tensor([int(row["label"]) for row in chosen])
+        batches.append({name: value.to(chosen_device()) for name, value in batch.items()})
     return batches
 
 
@@ -99,7 +103,8 @@ class Contender:
 
 def autocast(dtype: str) -> AbstractContextManager[Any]:
     """The context of a forward pass in this precision."""
-    return torch.autocast("cpu", torch.bfloat16) if dtype == "bf16" else nullcontext()
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(dtype)
+    return nullcontext() if half is None else torch.autocast(chosen_device().type, half)
 
 
 def backward(model: nn.Module, batch: Batch, dtype: str) -> Tensor:
@@ -114,19 +119,30 @@ def through_trainer(
     model: nn.Module, dtype: str, arguments: Mapping[str, Any], package: ModuleType = adasam_hf
 ) -> Contender:
     """An optimizer step through the trainer, as `AdaSAMTrainingArguments(**arguments)` say it."""
+    device = chosen_device()
     args = package.AdaSAMTrainingArguments(
-        output_dir="runs/benchmark_step", use_cpu=True, report_to="none", learning_rate=1e-6, **arguments
+        output_dir="runs/benchmark_step",
+        use_cpu=device.type == "cpu",
+        report_to="none",
+        learning_rate=1e-6,
+        **arguments,
     )
     trainer = package.AdaSAMTrainer(model, args)
     trainer.current_gradient_accumulation_steps = 1
     optimizer = trainer.create_optimizer()
+    scaler = torch.amp.GradScaler(device.type, init_scale=1024.0) if dtype == "fp16" else None
+    trainer.accelerator.scaler = scaler  # which Accelerate leaves out on a CPU
 
     def passes(batch: Batch) -> None:
         with autocast(dtype):
             trainer.training_step(model, batch)
 
     def update() -> None:
-        optimizer.step()
+        if scaler is None:
+            optimizer.step()
+        else:
+            scaler.step(optimizer)
+            scaler.update()
         model.zero_grad()
 
     return Contender(passes, update)
@@ -199,6 +215,13 @@ PEER_STEPS: dict[str, Callable[[nn.Module, str], Contender]] = {
 
 
 def build(name: str, model: nn.Module, dtype: str) -> Contender:
-    """The contender of this name, of `settings.MODES` or `settings.PEERS`."""
+    """The contender of this name, of `settings.MODES` or `settings.PEERS`.
+
+    Raises:
+        ModuleNotFoundError: if a peer's package is not installed.
+        ValueError: if a peer cannot do it.
+    """
     modes = {**MODES, **FROZEN_MODES}
+    if name not in modes and dtype == "fp16":
+        raise ValueError(f"{name} takes both passes inside its step, where no gradient scaler can come in between")
     return through_trainer(model, dtype, modes[name]) if name in modes else PEER_STEPS[name](model, dtype)

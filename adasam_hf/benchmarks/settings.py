@@ -11,6 +11,7 @@ SIZES = {  # hidden size, layers, heads
     "bert-base": (768, 12, 12),
     "roberta-large": (1024, 24, 16),
 }
+BASE = "AdamW (fused)"
 MODES: dict[str, dict[str, Any]] = {
     "AdamW (fused)": {"optim": "adamw_torch_fused"},
     "AMSGrad": {"optim": "amsgrad"},
@@ -33,9 +34,27 @@ FROZEN_MODES[TWICE] = {"optim": "adasam", "sam_cache_frozen": False}
 """Those that are compared where a part of the model is frozen."""
 FREEZES = ("half", "all but the top layer", "all but the head", "lora")
 """The parts that can be frozen; see `contenders.freeze`."""
-BASE = "AdamW (fused)"
 RHO = 0.05
 PEERS = ("pytorch-optimizer's SAM", "Temperon", "for-loop SAM")
+
+# ---- on an accelerator ----
+
+ACCELERATOR_PARTS = ("bandwidth", "step-minilm", "step-bert-base", "step-roberta-large", "tests")
+LOWER_HALF_FROZEN = "lower half frozen"
+ON_ACCELERATOR = (
+    "AdaSAM",
+    "AMSGrad",
+    "AdaSAM, along the momentum",
+    "AdaSAM, an eighth of the rows",
+    "AdaSAM, functional",
+    "Temperon",
+    "pytorch-optimizer's SAM",
+)
+"""Beside BASE, the most important first: where the time is over, the last are left out."""
+HALF_FROZEN = {f"{name}, {LOWER_HALF_FROZEN}": name for name in (BASE, "AdaSAM")}
+"""Label → contender, with the lower half of the layers frozen."""
+DTYPES = ("bf16", "float32", "fp16")
+"""The most important first."""
 
 # ---- flatness ----
 

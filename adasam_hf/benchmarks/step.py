@@ -17,6 +17,7 @@ from typing import Any
 from ..glue.configs import PACKAGE
 from ..glue.record import provenance, write_json
 from .contenders import build, build_batches, build_model, freeze, through_trainer
+from .device import forget_peak, peak_mib
 from .settings import BASE, FROZEN_MODES, MODES, PEERS, SIZES
 from .timing import MOVE, clock, phases, ratios, take_turns
 
@@ -166,11 +167,15 @@ def scan(args: argparse.Namespace) -> None:
 
 
 def measure_memory(args: argparse.Namespace) -> None:
-    """Print the most MiB that this process has held over three steps of one contender."""
+    """Print the most MiB that this process, or its accelerator, has held over three steps of one contender."""
+    forget_peak()
     model = build_model(args.model)
     step = build(args.only_memory, model, args.dtype)
     for batch in build_batches(3, args.batch_size, model.config.vocab_size):
         step(batch)
+    if (peak := peak_mib()) is not None:
+        print(peak)
+        return
     # not ru_maxrss, which a child inherits from its parent
     found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     if found is None:

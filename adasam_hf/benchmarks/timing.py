@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,20 +10,23 @@ from torch import nn
 
 from ..perturbation import Perturbation
 from .contenders import Batch, backward, through_trainer
+from .device import chosen_device, forget_peak, peak_mib, wait
 from .settings import BASE, MODES, RHO
 
 
 def clock() -> str:
     """What `seconds` counts: ``CPU seconds`` of this process where it computes with one thread (OMP_NUM_THREADS=1), so
     that other jobs on the machine do not count, and else ``wall seconds``."""
-    return "CPU seconds" if torch.get_num_threads() == 1 and not torch.accelerator.is_available() else "wall seconds"
+    return "CPU seconds" if torch.get_num_threads() == 1 and chosen_device().type == "cpu" else "wall seconds"
 
 
 def seconds(function: Callable[..., object], *args: Any) -> float:
-    """Of one call, by `clock`."""
+    """Of one call, by `clock`, until the device has done all that it asks for."""
     now = time.process_time if clock() == "CPU seconds" else time.perf_counter
+    wait()
     start = now()
     function(*args)
+    wait()
     return now() - start
 
 
@@ -38,6 +41,36 @@ def take_turns(
             if i >= warm_up:
                 times[name].append(spent)
     return times
+
+
+def one_by_one(
+    makers: Mapping[str, Callable[[], Callable[[Batch], object]]],
+    batches: Sequence[Batch],
+    enough: Callable[[], bool],
+    warm_up: int = 3,
+) -> Iterator[tuple[str, list[float], float | None]]:
+    """Name, seconds on each batch after the first `warm_up`, and peak MiB of each contender, one after the other.
+
+    Only one of them holds memory at a time, so that the largest models fit, and the device tells its peak. On a CPU,
+    whose load changes meanwhile, `take_turns` is fairer.
+
+    Args:
+        makers: each makes its contender.
+        enough: whether to stop; asked before each contender, and within one after its first time.
+    """
+    for name, make in makers.items():
+        if enough():
+            return
+        forget_peak()
+        step, spent = make(), list[float]()
+        for i, batch in enumerate(batches):
+            taken = seconds(step, batch)
+            if i >= warm_up:
+                spent.append(taken)
+            if spent and enough():
+                break
+        yield name, spent, peak_mib()
+        del step
 
 
 def ratios(times: Mapping[str, list[float]]) -> dict[str, dict[str, float]]:

@@ -30,6 +30,10 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     os.replace(temporary, path)
 
 
+BUNDLE = "bundle.json"
+"""Beside a copy of the package that `adasam benchmark bundle` has made: the commit that it is of."""
+
+
 def provenance() -> dict[str, Any]:
     """Commit (and whether the files differ from it), versions and hardware."""
     # An installed copy may lie inside the repository of someone else's project.
@@ -37,9 +41,13 @@ def provenance() -> dict[str, Any]:
     # (Records that a run writes anew are no change of what runs.)
     changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)results")
     added = _git("ls-files", "--others", "--exclude-standard", "--full-name", ":/*.py", ":/*.yaml")  # not records
+    bundle = Path(adasam_hf.__file__).parents[1] / BUNDLE
+    if tracked or not bundle.is_file():
+        origin = {"commit": _git("rev-parse", "HEAD"), "dirty": bool(changed or added)} if tracked else None
+    else:
+        origin = json.loads(bundle.read_text(encoding="utf-8"))
     return {
-        "commit": _git("rev-parse", "HEAD") if tracked else None,
-        "dirty": bool(changed or added) if tracked else None,
+        **(origin or {"commit": None, "dirty": None}),
         "versions": {
             "adasam_hf": adasam_hf.__version__,
             "python": platform.python_version(),

@@ -194,13 +194,22 @@ class Record(TrainerCallback):
     def on_step_end(self, args, state, control, model, **kwargs):
         digest = hashlib.sha256()
         for p in model.parameters():
-            digest.update(shard(p.detach()).contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(shard(p.detach()).contiguous().view(torch.uint8).cpu().numpy().tobytes())
         self.digests.append(digest.hexdigest())
         self.reductions.append(self.count)
         self.count = 0
 
 
-def train(folder, batch_size=2, model="bert", bucket_view=False, logs=False, sync_each_batch=False, **flags) -> dict:
+def train(
+    folder,
+    batch_size=2,
+    model="bert",
+    bucket_view=False,
+    logs=False,
+    sync_each_batch=False,
+    on_cpu=True,
+    **flags,
+) -> dict:
     """Train and return what can be compared: weights, buffers, logs, digests, all-reduces."""
     if sync_each_batch:
         flags["accelerator_config"] = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
@@ -216,8 +225,8 @@ def train(folder, batch_size=2, model="bert", bucket_view=False, logs=False, syn
         logging_steps=1,
         disable_tqdm=True,
         report_to="none",
-        use_cpu=True,
-        ddp_backend="gloo" if torch.distributed.is_torchelastic_launched() else None,
+        use_cpu=on_cpu,
+        ddp_backend="gloo" if on_cpu and torch.distributed.is_torchelastic_launched() else None,
         **(defaults | flags),
     )
     record = Record()
@@ -243,8 +252,8 @@ def train(folder, batch_size=2, model="bert", bucket_view=False, logs=False, syn
     trained = trainer.model
     full = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in trained.parameters()]
     return {
-        "weights": torch.cat([p.detach().reshape(-1) for p in full]),
-        "buffers": {name: b.clone() for name, b in trained.named_buffers() if "running" in name},
+        "weights": torch.cat([p.detach().reshape(-1) for p in full]).cpu(),
+        "buffers": {name: b.clone().cpu() for name, b in trained.named_buffers() if "running" in name},
         "logs": [entry for entry in trainer.state.log_history if "loss" in entry and "mine" not in entry],
         "digests": record.digests,
         "reductions": record.reductions,

@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,11 +15,13 @@ DESCRIPTION = """Do a grid of fine-tuning runs: choose rates and radii on held-o
     adasam sweep configs/sweeps/small/table1.yaml --dataset_name_or_path ../shared/glue --dry_run
     adasam sweep configs/sweeps/small/table1.yaml --dataset_name_or_path ../shared/glue --jobs 2
     adasam sweep configs/sweeps/table1.yaml --engine ray --gpus_per_run 1
+    adasam sweep configs/sweeps/evidence/few_labels.yaml --dataset_name_or_path glue --minutes 20 --jobs 6
 
 Each finished run leaves one file, <output_dir>/records/<sweep>/<run>.json (trials: in its folder trials), whole or not
 at all, and is skipped from then on: stop the command whenever you like, and repeat it. A run that fails is tried once
 more; a trial that fails twice for the same reason stops the sweep. Data, model and folders are checked before the first
-run. `adasam report` makes the report.
+run. `adasam report` makes the report. With --minutes no run begins that would end too late, by the times of those
+that have finished on such hardware, and one that is still at work then is stopped; several --jobs share one GPU.
 
 A sweep file has
 
@@ -58,6 +61,7 @@ def parser() -> CommandParser:
     out.add_argument("--dry_run", action="store_true", help="show the plan and the time it takes, and do nothing")
     out.add_argument("--engine", default="local", choices=["local", "ray"])
     out.add_argument("--jobs", type=int, default=1, help="runs at once (local)")
+    out.add_argument("--minutes", type=float, help="(local) a budget: do what fits into it, and stop in time")
     out.add_argument("--ray_address", help="of a running cluster, or auto; a cluster of this machine by default")
     out.add_argument("--cpus_per_run", type=float, default=1, help="(ray)")
     out.add_argument(
@@ -74,6 +78,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser().parse_args(argv)
     if args.jobs < 1:
         raise ValueError(f"--jobs={args.jobs} must be at least 1")
+    if args.minutes is not None and not 0 < args.minutes < float("inf"):
+        raise ValueError(f"--minutes={args.minutes!r} must be above 0 and finite; without it there is no limit")
+    if args.minutes is not None and args.engine != "local":
+        raise ValueError(f"--minutes={args.minutes!r} is for --engine local; a cluster's queue has limits of its own")
     data = Path(args.dataset_name_or_path).expanduser()
     if args.dataset_name_or_path.startswith((".", "/", "~")) and not data.is_dir() and not args.dry_run:
         raise FileNotFoundError(
@@ -95,7 +103,9 @@ def base_of(sweep: Path) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`adasam sweep`: 1 if a run has failed."""
+    started = time.monotonic()  # a budget counts from here on
     args = parse(argv)
+    args.started = started
     from .procedure import run_sweep
     from .specification import Sweep
 

@@ -1,8 +1,11 @@
 """How long the runs take that are not finished, how large their checkpoints are, and the plan of a dry run."""
 
+import heapq
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
@@ -26,6 +29,18 @@ OVERHEAD = 20.0  # seconds of a run that do not depend on its rows: imports, loa
 STATES = {"adasam": 3, "amsgrad": 3, "sgdm": 1, "sam": 1}  # copies of the weights in an optimizer; of the others two
 
 
+class Size(NamedTuple):
+    """Of a model."""
+
+    parameters: int
+    hidden: int
+    layers: int
+
+
+KNOWN = {"roberta-large": Size(355_361_794, 1024, 24), "roberta-base": Size(124_647_170, 768, 12)}
+"""Of models that need not be fetched for a dry run."""
+
+
 def work(run: Run) -> float:
     """Rows that pass through the model, forward and backward."""
     _, data_args, args = parse_run(run.words)
@@ -47,22 +62,79 @@ def hours(seconds: Sequence[float | None]) -> float | None:
     return sum(known) / 3600 if len(known) == len(seconds) else None
 
 
+def accelerators() -> list[str]:
+    """The names of this machine's, as records have them."""
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+
+
 def estimate(runs: Sequence[Run]) -> dict[Run, float | None]:
-    """Seconds of each run, from those that have finished: their time for each row, of the same task if there is one."""
+    """Seconds of each run, from those that have finished on the same accelerators, or on none as here: their time for
+    each row, of the same task if there is one."""
+    here = accelerators()
     speeds: dict[str, list[float]] = {}
     for folder in {run.record.parents[2 if run.trial else 1] for run in runs}:  # all sweeps of the output_dir
         for path in folder.glob("**/*.json"):
             record = load(path)
-            if record["seconds_per_row"] is not None:
+            same = record.get("hardware", {}).get("accelerators", here) == here
+            if record["seconds_per_row"] is not None and same:
                 speeds.setdefault(record["axes"]["task_name"], []).append(record["seconds_per_row"])
     anything = [speed for found in speeds.values() for speed in found]
     known = {run: speeds.get(run.axes["task_name"], anything) for run in runs}
     return {run: OVERHEAD + work(run) * statistics.median(found) if found else None for run, found in known.items()}
 
 
+class OutOfTime(Exception):
+    """A run does not fit into the budget any more, or has not come to its end in it."""
+
+
+class Budget:
+    """So many minutes from `start` on, an instant of `time.monotonic`; from now on by default.
+
+    A run whose time is known begins only if it can end in time; of one whose time is not known, the longest that any
+    has taken so far stands for it.
+    """
+
+    def __init__(self, minutes: float, start: float | None = None) -> None:
+        self.deadline = (time.monotonic() if start is None else start) + 60 * minutes
+        self._longest = 0.0
+
+    @property
+    def rest(self) -> float:
+        """Seconds that are still there, at least 0."""
+        return max(0.0, self.deadline - time.monotonic())
+
+    def check(self, run: Run, seconds: float | None) -> None:
+        """
+        Raises:
+            OutOfTime: if the run is not to begin any more.
+        """
+        if self.rest <= (self._longest if seconds is None else seconds):
+            raise OutOfTime(run.name)
+
+    def note(self, seconds: float) -> None:
+        """A run has taken so long."""
+        self._longest = max(self._longest, seconds)
+
+
+def fitting(runs: Sequence[Run], jobs: int, minutes: float) -> int | None:
+    """How many of the runs, begun in their order on so many jobs, end in time; None if times are not known."""
+    seconds = list(estimate(runs).values())
+    ends = [0.0] * jobs
+    count = 0
+    for spent in seconds:
+        if spent is None:
+            return None
+        if ends[0] + spent <= 60 * minutes:
+            count += 1
+            heapq.heapreplace(ends, ends[0] + spent)
+    return count
+
+
 @cache
 def parameters(name: str) -> int | None:
     """Of a model; not known of one that is neither here nor to be had."""
+    if name in KNOWN:
+        return KNOWN[name].parameters
     try:
         config = AutoConfig.from_pretrained(resolve_path(name))
         with torch.device("meta"):

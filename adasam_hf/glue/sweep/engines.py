@@ -1,6 +1,7 @@
 """Many runs at once: processes of this machine, or of a Ray cluster."""
 
 import os
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from typing import Any, Protocol
@@ -8,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from tqdm.auto import tqdm
 
-from .cost import OVERHEAD, estimate, work
+from .cost import OVERHEAD, Budget, OutOfTime, estimate, work
 from .execution import execute
 from .run import Run
 
@@ -24,19 +25,34 @@ class Engine(Protocol):
 
 
 class Processes:
-    """So many processes on this machine, which share its cores."""
+    """So many processes on this machine, which share its cores and, if it has one, its GPU.
 
-    def __init__(self, jobs: int) -> None:
+    Args:
+        budget: within which runs begin; those that are at work when it is spent are stopped.
+    """
+
+    def __init__(self, jobs: int, budget: Budget | None = None) -> None:
         if torch.cuda.device_count() > 1:
             raise ValueError(
                 f"--engine local gives each run all {torch.cuda.device_count()} GPUs; use --engine ray --gpus_per_run 1"
             )
-        self.jobs = jobs
+        self.jobs, self.budget = jobs, budget
         self.pool = ThreadPoolExecutor(jobs)
 
     def submit(self, run: Run, machine: Sequence[str]) -> Future[dict[str, Any]]:
         asked = os.environ.get("OMP_NUM_THREADS")  # by the user, who may want to leave cores to others
-        return self.pool.submit(execute, run, machine, None if asked else max(1, (os.cpu_count() or 1) // self.jobs))
+        threads = None if asked else max(1, (os.cpu_count() or 1) // self.jobs)
+        if self.budget is None:
+            return self.pool.submit(execute, run, machine, threads)
+        return self.pool.submit(self._in_time, self.budget, run, machine, threads)
+
+    @staticmethod
+    def _in_time(budget: Budget, run: Run, machine: Sequence[str], threads: int | None) -> dict[str, Any]:
+        budget.check(run, estimate([run])[run] if budget.rest else None)
+        start = time.monotonic()
+        record = execute(run, machine, threads, None, budget)
+        budget.note(time.monotonic() - start)
+        return record
 
     def close(self) -> None:
         self.pool.shutdown(wait=False, cancel_futures=True)
@@ -92,6 +108,8 @@ def do(runs: Sequence[Run], engine: Engine, machine: Sequence[str], needed: bool
             run = futures[future]
             try:
                 future.result()
+            except OutOfTime:
+                pass  # it has no record, and is left for the next time
             except Exception as error:  # of whatever kind: the others go on
                 failures.append(f"{run.name}: {error}")
                 if needed and getattr(getattr(error, "cause", error), "same", False):  # Ray wraps it

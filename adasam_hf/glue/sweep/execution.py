@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from ...checkpoints import last_complete
 from ..record import write_json
-from .cost import work
+from .cost import Budget, OutOfTime, work
 from .records import check, load, refuse_other
 from .run import Run, device_flags
 
@@ -37,7 +37,13 @@ def _reason(log: Path, start: int = 0) -> str:
     return lines[-1] if lines else ""
 
 
-def execute(run: Run, machine: Sequence[str], threads: int | None = None, node: str | None = None) -> dict[str, Any]:
+def execute(
+    run: Run,
+    machine: Sequence[str],
+    threads: int | None = None,
+    node: str | None = None,
+    budget: Budget | None = None,
+) -> dict[str, Any]:
     """Do one run, in a process of its own, and once more if it fails, and write its record.
 
     Args:
@@ -48,6 +54,7 @@ def execute(run: Run, machine: Sequence[str], threads: int | None = None, node: 
     Returns: its record; that of another sweep in the same folder, if that has done the run meanwhile.
 
     Raises:
+        OutOfTime: if the budget was spent before it had come to its end.
         RunFailed: if it failed twice, with the end of its log.
         RuntimeError: if it was interrupted.
         ValueError: if its folder has checkpoints of a run with other arguments.
@@ -66,7 +73,7 @@ def execute(run: Run, machine: Sequence[str], threads: int | None = None, node: 
             if len(reasons) == 2:
                 log = run.folder / "log.txt"
                 raise RunFailed(f"failed twice; {log} ends in\n{log.read_text()[-800:]}", len(set(reasons)) == 1)
-            reasons.append(_attempt(run, machine, state, environment, lock.fileno()))
+            reasons.append(_attempt(run, machine, state, environment, lock.fileno(), budget))
         return _finish(run, state, node)
 
 
@@ -82,7 +89,14 @@ def _state(run: Run) -> dict[str, Any]:
     return {"arguments": run.arguments, "failures": 0, "resumed": False}
 
 
-def _attempt(run: Run, machine: Sequence[str], state: dict[str, Any], environment: dict[str, str], lock: int) -> str:
+def _attempt(
+    run: Run,
+    machine: Sequence[str],
+    state: dict[str, Any],
+    environment: dict[str, str],
+    lock: int,
+    budget: Budget | None,
+) -> str:
     """One process, from the last checkpoint if there is one. Returns why it failed, or nothing."""
     log, plan = run.folder / "log.txt", run.folder / "plan.json"
     start = log.stat().st_size if log.exists() else 0
@@ -92,7 +106,13 @@ def _attempt(run: Run, machine: Sequence[str], state: dict[str, Any], environmen
     words = [*run.words, f"--output_dir={run.folder}", "--disable_tqdm=true", *device_flags(), *machine, *resume]
     command = [sys.executable, "-m", "adasam_hf", "--debug", "glue", *words]  # the log has the whole traceback
     with open(log, "a") as out:
-        done = subprocess.run(command, stdout=out, stderr=out, env=environment, pass_fds=[lock], check=False)
+        options: dict[str, Any] = {} if budget is None else {"timeout": budget.rest}
+        try:
+            done = subprocess.run(
+                command, stdout=out, stderr=out, env=environment, pass_fds=[lock], check=False, **options
+            )
+        except subprocess.TimeoutExpired:  # it has been killed, and goes on from its last checkpoint another time
+            raise OutOfTime(run.name) from None
     if done.returncode in (-signal.SIGINT, 128 + signal.SIGINT):
         raise RuntimeError("interrupted")
     if done.returncode == 0:
