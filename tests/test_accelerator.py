@@ -8,26 +8,24 @@ import os
 import subprocess
 import sys
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from adasam_hf.step_metrics import StepMetrics
 from conftest import DEVICE, Sharp, flat, make_model, make_rows
 from distributed.cases import NO_DROPOUT, train
 from distributed.on_devices import CASES, by_hand, plain_model
+from helpers import ROOT, OneProcess
 from oracle import Oracle
-from test_step import OneProcess
 from torch import nn
 
 from adasam_hf import AdaSAM, Perturbation, SharpnessAwareLoop, kernels, rng
 from adasam_hf.directions import Friendly, Gradient, Momentum, Noise, Preconditioned
 from adasam_hf.step import StepSettings, TwoPassStep
+from adasam_hf.step_metrics import StepMetrics
 from adasam_hf.window import StepPlan, Window
 
-ROOT = Path(__file__).parent.parent
 accelerator = pytest.mark.accelerator
 RHO = 0.1
 

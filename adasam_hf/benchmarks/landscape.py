@@ -23,7 +23,7 @@ Losses: TypeAlias = dict[str, list[float]]
 def read_batches(
     args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, names: list[str]
 ) -> list[dict[str, torch.Tensor]]:
-    """The first training rows, in batches. `names` are the labels of the model's head."""
+    """The first training rows, in the order of `subset_seed`, in batches. `names` are the labels of the model's head."""
     if args.train_file:
         columns = args.text_column_names and args.text_column_names.split(",")
         task, data = load_files(None, {"train": args.train_file}, columns, "label", ["train"])
@@ -37,7 +37,8 @@ def read_batches(
         raise ValueError(
             f"a checkpoint has its labels in the order {names}, but the rows in {wanted}: losses would be wrong"
         )
-    rows = data["train"].select(range(min(args.rows, len(data["train"]))))
+    rows = data["train"] if args.subset_seed is None else data["train"].shuffle(seed=args.subset_seed)
+    rows = rows.select(range(min(args.rows, len(rows))))
     batches = []
     for start in range(0, len(rows), args.batch_size):
         part = rows[start : start + args.batch_size]

@@ -9,7 +9,7 @@ from ..glue.tasks import TASKS
 
 DESCRIPTION = """Draw the loss landscapes of several checkpoints, side by side in one figure.
 
-    adasam landscape runs/quickstart/amsgrad-42 runs/quickstart/adasam-42 \\
+    adasam landscape runs/quickstart/amsgrad-42 runs/quickstart/adasam-42 --subset_seed 42 \\
         --train_file runs/quickstart/data/train.csv --output landscape.png
 
 Each checkpoint is a classifier that Transformers can load, with its tokenizer. The first panel shows the training loss
@@ -39,6 +39,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--rows", type=int, default=128, help="number of training rows to measure the loss on (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--subset_seed",
+        type=int,
+        help="the one that the checkpoints were trained with, if any, so that rows are theirs",
     )
     parser.add_argument("--batch_size", type=int, default=32, help="rows per forward pass (default: %(default)s)")
     parser.add_argument(
