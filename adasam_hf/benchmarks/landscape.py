@@ -23,7 +23,7 @@ Losses: TypeAlias = dict[str, list[float]]
 def read_batches(
     args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, names: list[str]
 ) -> list[dict[str, torch.Tensor]]:
-    """The first training rows, in the order of `subset_seed`, in batches. `names` are the labels of the model's head."""
+    """The first training rows in the order of `subset_seed`, in batches; `names` are the labels of the model."""
     if args.train_file:
         columns = args.text_column_names and args.text_column_names.split(",")
         task, data = load_files(None, {"train": args.train_file}, columns, "label", ["train"])
