@@ -22,9 +22,9 @@ FIXED = {"--optim", "--seed", "--subset_seed", "--config", "--train_file", "--va
 """Flags that the comparison sets itself."""
 EXPLANATION = """
 accuracy, loss (cross-entropy) and calibration (expected calibration error): on 853 held-out sentences; sam_gap: how
-much the training loss rises when the weights are moved by 0.05 along its gradient (lower is flatter); seconds: training
-time. One seed says little about accuracy: over 35 seeds of SST-2 the two were level, and AdaSAM was flatter in each
-(docs/findings.md)."""
+much the training loss rises when the weights are moved by 0.05 along its gradient (lower is flatter, or better fitted);
+seconds: training time. One seed says little: over eleven, accuracy was level, and AMSGrad's loss a little lower. What
+that means, and where AdaSAM helps: docs/findings.md"""
 
 
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
