@@ -61,6 +61,7 @@ def _items(collection: Any) -> list[Any]:
 
 COLLECTIONS = (list, dict, set, deque)
 _COPIED = {*COLLECTIONS, defaultdict, OrderedDict, Counter}
+_DATA = {"train_dataset", "eval_dataset"}  # of a Trainer: they may be long lists, and passes only read them
 
 
 class ModelState:
@@ -77,15 +78,25 @@ class ModelState:
     """
 
     def __init__(self, modules: Iterable[Any], like: "ModelState | None" = None) -> None:
-        modules = list(modules)
-        tensors = list(_tensors(modules))
-        weights = _memory_of_parameters(modules) if tensors else set()
+        self._holders = list(modules)
+        self._plain: list[tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]] = []
+        self._collections: list[_Collection] = []
+        tensors = [one for holder in self._holders for one in _buffers(holder)]
+        for holder in self._holders:
+            attributes, plain = vars(holder), dict[str, Any]()
+            for name, value in own_attributes(holder):
+                if type(value) is Tensor:
+                    tensors.append((attributes, name, value))
+                elif isinstance(value, (*PLAIN, tuple)):
+                    plain[name] = value
+                elif type(value) in _COPIED and name not in _DATA:
+                    self._collections.append(_Collection(attributes, name, value, copy.copy(value)))
+            self._plain.append((attributes, plain, tuple(attributes)))
+        weights = _memory_of_parameters(self._holders) if tensors else set()
         known = {} if like is None else {(id(slot.holder), slot.name): slot.values for slot in like._slots}
         self._slots: list[_Slot] = [
             _slot(holder, name, tensor, weights, known.get((id(holder), name))) for holder, name, tensor in tensors
         ]
-        self._plain = [(module, _plain_attributes(module), set(vars(module))) for module in modules]
-        self._collections = _collections(modules)
 
     @torch.no_grad()
     def restore(self, *, compare: bool = False) -> None:
@@ -94,9 +105,8 @@ class ModelState:
         Args:
             compare: write to no tensor that has them already, even if an accelerator must be waited for.
         """
-        for module, plain, names in self._plain:
-            attributes = vars(module)
-            for name in [name for name in attributes if name not in names]:
+        for attributes, plain, names in self._plain:
+            for name in _new(attributes, names):
                 if isinstance(attributes[name], (*PLAIN, tuple, Tensor, *COLLECTIONS)):
                     del attributes[name]
             for name, value in plain.items():
@@ -115,16 +125,7 @@ class ModelState:
     @contextmanager
     def replay(self) -> Iterator[None]:
         """Start the block from this state; afterwards things are as they were before the block."""
-        now = ModelState([])
-        now._slots = [
-            _slot(slot.holder, slot.name, slot.holder.get(slot.name), set(), slot.values)
-            if slot.values is not None
-            else slot._replace(tensor=slot.holder.get(slot.name))
-            for slot in self._slots
-        ]
-        holders = [module for module, _, _ in self._plain]
-        now._plain = [(module, _plain_attributes(module), set(vars(module))) for module in holders]
-        now._collections = _collections(holders)
+        now = ModelState(self._holders, like=self)
         self.restore()
         try:
             yield
@@ -133,9 +134,8 @@ class ModelState:
 
     def is_present(self) -> bool:
         """Whether everything is as it was at that instant, bit for bit."""
-        for module, plain, names in self._plain:
-            attributes = vars(module)
-            if any(name not in names and isinstance(value, PLAIN) for name, value in attributes.items()):
+        for attributes, plain, names in self._plain:
+            if any(isinstance(attributes[name], PLAIN) for name in _new(attributes, names)):
                 return False
             if not all(_same_value(attributes.get(name, _ABSENT), value) for name, value in plain.items()):
                 return False
@@ -148,33 +148,22 @@ class ModelState:
         )
 
 
+def _new(attributes: dict[str, Any], names: tuple[str, ...]) -> list[str]:
+    if len(attributes) == len(names) and tuple(attributes) == names:
+        return []
+    known = set(names)
+    return [name for name in attributes if name not in known]
+
+
 def _same_value(now: Any, before: Any) -> bool:
     return now is before or (type(now) is type(before) and not isinstance(before, tuple) and bool(now == before))
 
 
-def _tensors(modules: Iterable[Any]) -> Iterator[tuple[dict[str, Any], str, Tensor | None]]:
-    for module in modules:
-        # (A scripted module hands out its buffers, but nobody can put others there.)
-        scripted = isinstance(module, torch.jit.ScriptModule)
-        buffers = dict(module.named_buffers(recurse=False)) if scripted else getattr(module, "_buffers", {})
-        for name, buffer in buffers.items():
-            yield buffers, name, buffer
-        for name, value in vars(module).items():
-            if type(value) is Tensor:
-                yield vars(module), name, value
-
-
-def _plain_attributes(module: Any) -> dict[str, Any]:
-    return {name: value for name, value in own_attributes(module) if isinstance(value, (*PLAIN, tuple))}
-
-
-def _collections(holders: Iterable[Any]) -> list[_Collection]:
-    return [
-        _Collection(vars(holder), name, value, copy.copy(value))
-        for holder in holders
-        for name, value in own_attributes(holder)
-        if type(value) in _COPIED
-    ]
+def _buffers(holder: Any) -> list[tuple[dict[str, Any], str, Tensor | None]]:
+    # (A scripted module hands out its buffers, but nobody can put others there.)
+    scripted = isinstance(holder, torch.jit.ScriptModule)
+    buffers = dict(holder.named_buffers(recurse=False)) if scripted else getattr(holder, "_buffers", {})
+    return [(buffers, name, buffer) for name, buffer in buffers.items()]
 
 
 def _memory_of_parameters(holders: Iterable[Any]) -> set[int]:
