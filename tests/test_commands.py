@@ -239,7 +239,9 @@ def test_what_a_bug_report_needs(capsys):
 
 
 def test_errors_in_words():
-    assert sentence(ModuleNotFoundError("no", name="matplotlib.pyplot")).endswith("pip install 'adasam_hf[report]'")
+    assert sentence(ModuleNotFoundError("no", name="matplotlib.pyplot")).endswith(
+        "pip install '.[report]' in a checkout"
+    )
     assert sentence(PermissionError(13, "Permission denied", "/x")) == "'/x': Permission denied; give another path"
     assert sentence(ValueError("two\n  lines")) == "two lines" and sentence(ValueError()) == "ValueError"
 

@@ -694,3 +694,18 @@ def test_the_readme_has_the_means_of_the_records():
     accuracies = [np.array([100 * r["accuracy"] for r in rows if r["optim"] == o]) for o in ("amsgrad", "adasam")]
     cells = " | ".join(f"{a.mean():.1f} ± {a.std(ddof=1):.1f}" for a in accuracies)
     assert len(accuracies[0]) == 11 and f"11 seeds: accuracy | {cells} |" in readme
+    losses = [np.array([r["loss"] for r in rows if r["optim"] == o]) for o in ("amsgrad", "adasam")]
+    cells = " | ".join(f"{loss.mean():.3f} ± {loss.std(ddof=1):.3f}" for loss in losses)
+    assert f"the same: held-out loss | {cells} |" in readme
+    for sweep, task, metric, scale, digits in (
+        ("same_rate", "sst2", "eval_cross_entropy", 1, 3),
+        ("same_rate", "sst2", "eval_accuracy", 100, 1),
+        ("table2", "cola", "eval_matthews_correlation", 100, 1),
+    ):
+        cells = []
+        for method in ("amsgrad", "adasam"):
+            paths = (ROOT / "results/small/records" / sweep).glob(f"{task}-{method}-*.json")
+            found = [scale * json.loads(path.read_text())["metrics"][metric] for path in paths]
+            assert len(found) == 5
+            cells.append(f"{np.mean(found):.{digits}f} ± {np.std(found, ddof=1):.{digits}f}")
+        assert f"| {' | '.join(cells)} |" in readme

@@ -17,7 +17,7 @@ of all checkpoints along one random direction; then each checkpoint has a panel 
 Directions are filter-normalized (arXiv:1712.09913), so that models with weights of different scale can be compared. All
 checkpoints share the same noise, rows and colours. The numbers are written next to the figure, as JSON. Cost: --points
 + --grid² forward passes over the rows for each checkpoint, which takes minutes on a CPU. Needs matplotlib:
-pip install 'adasam_hf[report]'.
+pip install '.[report]' in a checkout.
 """
 FORMATS = (".png", ".pdf", ".svg", ".jpg")
 
