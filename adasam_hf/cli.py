@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 
+from ._version import __version__
 from .console import is_mistake, refuse, sentence
 
 USAGE = """{program}: sharpness-aware fine-tuning (AdaSAM, arXiv:2303.00565) for the Hugging Face Trainer.
@@ -14,6 +15,7 @@ USAGE = """{program}: sharpness-aware fine-tuning (AdaSAM, arXiv:2303.00565) for
     {program} [FLAGS] SCRIPT [ARGUMENTS]        an unmodified training script with sharpness-aware trainers
     {program} [FLAGS] -m MODULE [ARGUMENTS]     the same for a module
     {program} [--debug] COMMAND [ARGUMENTS]     one of the commands below
+    {program} --version
 
     {program} run_clm.py --optim adasam --sam_rho 0.01 ...
     {program} --optim adasam -m package.module ...
@@ -91,6 +93,9 @@ def main(program: str = "adasam") -> None:
     first = words[debug] if len(words) > debug else ""
     if first in COMMANDS:
         raise SystemExit(run_command(first, words[debug + 1 :], debug))
+    if first == "--version":
+        print(f"{program} {__version__}")
+        return
     if debug:
         raise SystemExit(refuse(program, "--debug is for a command, and comes right before its name"))
     if _is_bare(first) and not os.path.exists(first):

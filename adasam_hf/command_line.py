@@ -44,7 +44,7 @@ def split_flags(words: Sequence[str]) -> tuple[list[str], list[str]]:
             continue
         if name in SWITCHES:
             end += following.lower() in BOOLEANS
-        elif following.startswith("--"):
+        elif following.startswith("--") or following.endswith(".py"):
             fail(f"{flag} needs a value; try {flag}={'adasam' if name == 'optim' else 'VALUE'}")
         else:
             end += 1

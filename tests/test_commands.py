@@ -10,7 +10,7 @@ import pytest
 import yaml
 from helpers import ROOT
 
-from adasam_hf import cli
+from adasam_hf import __version__, cli
 from adasam_hf.cli import COMMANDS, run_command
 from adasam_hf.console import sentence
 from adasam_hf.environment import environment
@@ -300,3 +300,9 @@ def test_a_script_named_like_a_command(path_to_the_package, tmp_path):
     assert done.returncode == 2 and said == ["adasam: --debug is for a command, and comes right before its name"]
     done, _, said = adasam("--debug", "power", "--spread=0", cwd=tmp_path)
     assert done.returncode == 1 and "Traceback (most recent call last):" in said
+
+
+def test_the_version(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["adasam", "--version"])
+    cli.main()
+    assert capsys.readouterr().out == f"adasam {__version__}\n"

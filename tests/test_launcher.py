@@ -344,6 +344,7 @@ def here(tmp_path, monkeypatch):
     [
         (["--learning_rate=1", "script.py"], "there can be --optim, --sgd_momentum and --sam_…, not learning_rate"),
         (["--optim", "--sam_rho=1", "script.py"], "--optim needs a value; try --optim=adasam"),
+        (["--sam_rho", "script.py", "--optim=adasam"], "--sam_rho needs a value; try --sam_rho=VALUE"),
         (["--optim", "adasam"], "there is no script after adasam"),
         (["--sam_adaptive", "-m"], "there is no module after -m"),
         (["--optim", "adasam", "nothing.py"], "SCRIPT='nothing.py' does not exist; give the path"),
