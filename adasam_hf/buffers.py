@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .containers import own_attributes
 
@@ -61,7 +62,7 @@ def _items(collection: Any) -> list[Any]:
 
 COLLECTIONS = (list, dict, set, deque)
 _COPIED = {*COLLECTIONS, defaultdict, OrderedDict, Counter}
-_DATA = {"train_dataset", "eval_dataset"}  # of a Trainer: they may be long lists, and passes only read them
+_STATE = (*PLAIN, tuple, Tensor, *COLLECTIONS)
 
 
 class ModelState:
@@ -72,12 +73,12 @@ class ModelState:
     alone, for it is not this that moves parameters; likewise views that repeat one number (`Tensor.expand`).
 
     Args:
-        modules: without those that are inside them. Attributes of other objects count as a module's do.
+        modules: without those that are inside them.
         like: an earlier state of the same modules, whose copies are shared where nothing has changed. (Only on the
             host; to compare, an accelerator would have to be waited for.)
     """
 
-    def __init__(self, modules: Iterable[Any], like: "ModelState | None" = None) -> None:
+    def __init__(self, modules: Iterable[nn.Module], like: "ModelState | None" = None) -> None:
         self._holders = list(modules)
         self._plain: list[tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]] = []
         self._collections: list[_Collection] = []
@@ -89,7 +90,7 @@ class ModelState:
                     tensors.append((attributes, name, value))
                 elif isinstance(value, (*PLAIN, tuple)):
                     plain[name] = value
-                elif type(value) in _COPIED and name not in _DATA:
+                elif type(value) in _COPIED:
                     self._collections.append(_Collection(attributes, name, value, copy.copy(value)))
             self._plain.append((attributes, plain, tuple(attributes)))
         weights = _memory_of_parameters(self._holders) if tensors else set()
@@ -107,10 +108,13 @@ class ModelState:
         """
         for attributes, plain, names in self._plain:
             for name in _new(attributes, names):
-                if isinstance(attributes[name], (*PLAIN, tuple, Tensor, *COLLECTIONS)):
+                if isinstance(attributes[name], _STATE):
                     del attributes[name]
             for name, value in plain.items():
-                if attributes.get(name, _ABSENT) is not value:
+                # (What has become of None on first use, such as a module, is no state, and stays.)
+                now = attributes.get(name, _ABSENT)
+                made = name in attributes.get("_modules", ()) if now is _ABSENT else not isinstance(now, _STATE)
+                if now is not value and not made:
                     attributes[name] = value
         for collection in self._collections:
             collection.restore()
@@ -135,7 +139,7 @@ class ModelState:
     def is_present(self) -> bool:
         """Whether everything is as it was at that instant, bit for bit."""
         for attributes, plain, names in self._plain:
-            if any(isinstance(attributes[name], PLAIN) for name in _new(attributes, names)):
+            if any(isinstance(attributes[name], _STATE) for name in _new(attributes, names)):
                 return False
             if not all(_same_value(attributes.get(name, _ABSENT), value) for name, value in plain.items()):
                 return False
@@ -159,15 +163,15 @@ def _same_value(now: Any, before: Any) -> bool:
     return now is before or (type(now) is type(before) and not isinstance(before, tuple) and bool(now == before))
 
 
-def _buffers(holder: Any) -> list[tuple[dict[str, Any], str, Tensor | None]]:
+def _buffers(holder: nn.Module) -> list[tuple[dict[str, Any], str, Tensor | None]]:
     # (A scripted module hands out its buffers, but nobody can put others there.)
     scripted = isinstance(holder, torch.jit.ScriptModule)
-    buffers = dict(holder.named_buffers(recurse=False)) if scripted else getattr(holder, "_buffers", {})
+    buffers = dict(holder.named_buffers(recurse=False)) if scripted else holder._buffers
     return [(buffers, name, buffer) for name, buffer in buffers.items()]
 
 
-def _memory_of_parameters(holders: Iterable[Any]) -> set[int]:
-    parameters = {p for holder in holders for p in getattr(holder, "_parameters", {}).values() if p is not None}
+def _memory_of_parameters(modules: Iterable[nn.Module]) -> set[int]:
+    parameters = {p for module in modules for p in module._parameters.values() if p is not None and not is_lazy(p)}
     return {p.untyped_storage().data_ptr() for p in parameters if type(p.data) is Tensor}
 
 

@@ -6,44 +6,54 @@ from dataclasses import fields, is_dataclass
 from types import SimpleNamespace
 from typing import Any
 
-from torch import nn
+import numpy as np
+from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 
-def copy_containers(value: Any) -> Any:
+def copy_containers(value: Any, memo: dict[int, Any] | None = None) -> Any:
     """Other mutable mappings, lists, tuples, dataclasses and namespaces, with the same things in them."""
+    memo = {} if memo is None else memo  # what is in two places, or inside itself, is so in the copy
+    if id(value) in memo:
+        return memo[id(value)]
     if isinstance(value, MutableMapping):
-        result = copy.copy(value)
-        result.update({key: copy_containers(item) for key, item in value.items()})
+        memo[id(value)] = result = copy.copy(value)
+        for key, item in value.items():
+            result[key] = copy_containers(item, memo)
         return result
     if type(value) in (list, tuple):
-        return type(value)(map(copy_containers, value))
+        return type(value)(copy_containers(item, memo) for item in value)
     if (named := _fields(value)) is None:
         return value
-    result = copy.copy(value)
+    memo[id(value)] = result = copy.copy(value)
     for name, item in named.items():
-        object.__setattr__(result, name, copy_containers(item))  # which a frozen dataclass allows, too
+        object.__setattr__(result, name, copy_containers(item, memo))  # which a frozen dataclass allows, too
     return result
 
 
-def leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """What is in `value` and its containers, with the path to each."""
-    if isinstance(value, Mapping):
-        inside = {f"{name}[{key!r}]": item for key, item in value.items()}
-    elif isinstance(value, (list, tuple)):
-        inside = {f"{name}[{i}]": item for i, item in enumerate(value)}
-    elif (named := _fields(value)) is not None:
-        inside = {f"{name}.{key}": item for key, item in named.items()}
-    else:
-        yield name, value
+def leaves(value: Any, path: tuple[str, ...] = (), above: tuple[int, ...] = ()) -> Iterator[tuple[str, Any]]:
+    """The tensors and arrays in `value` and its containers, with the path to each."""
+    if isinstance(value, (Tensor, np.ndarray)):
+        yield "".join(path), value
         return
-    for path, item in inside.items():
-        yield from leaves(path, item)
+    if isinstance(value, Mapping):
+        inside: Iterable[tuple[str, Any]] = ((f"[{key!r}]", item) for key, item in value.items() if _may_hold(item))
+    elif isinstance(value, (list, tuple)):
+        inside = ((f"[{i}]", item) for i, item in enumerate(value) if _may_hold(item))
+    else:
+        inside = ((f".{key}", item) for key, item in (_fields(value) or {}).items() if _may_hold(item))
+    if id(value) not in above:
+        for step, item in inside:
+            yield from leaves(item, (*path, step), (*above, id(value)))
+
+
+def _may_hold(value: Any) -> bool:
+    return not isinstance(value, (int, float, str, bytes, type(None)))
 
 
 def _fields(value: Any) -> dict[str, Any] | None:
     if is_dataclass(value) and not isinstance(value, type):
-        return {field.name: getattr(value, field.name) for field in fields(value)}
+        return {field.name: getattr(value, field.name) for field in fields(value) if hasattr(value, field.name)}
     return vars(value) if isinstance(value, SimpleNamespace) else None
 
 

@@ -56,7 +56,7 @@ class MicroBatch:
 
     def items(self) -> Iterator[tuple[str, Tensor]]:
         """The tensors among the inputs, with a name for each."""
-        return ((name, leaf) for name, leaf in leaves("", self._inputs) if isinstance(leaf, Tensor))
+        return ((name, leaf) for name, leaf in leaves(self._inputs) if isinstance(leaf, Tensor))
 
     def note(self, clean_loss: Tensor) -> None:
         """The first pass has been taken: note its loss, and what it depended on, for `changes`."""
@@ -72,8 +72,7 @@ class MicroBatch:
         return rebound + written
 
     def _contents(self) -> dict[str, tuple[int, int]]:
-        arrays = (Tensor, np.ndarray)
-        return {name: _content(value) for name, value in leaves("", self._inputs) if isinstance(value, arrays)}
+        return {name: _content(value) for name, value in leaves(self._inputs)}
 
 
 def _content(value: Tensor | NDArray[Any]) -> tuple[int, int]:

@@ -210,6 +210,8 @@ def _is_known(cls: type) -> bool:
 
 def _goes_on(cls: type, name: str, mixin: type) -> bool:
     """Whether the override of `name` in `cls` comes to the next one, as far as its code tells; a helper may do it."""
+    if not inspect.isfunction(inspect.unwrap(vars(cls)[name])):  # a partialmethod, a decorator that is an object
+        return True
     functions = [f for f in vars(cls).values() if inspect.isfunction(inspect.unwrap(f))]
     ways_up = {"super", *(base.__name__ for base in cls.__mro__[1:])}
     called = [_names(inspect.unwrap(f).__code__) for f in functions]

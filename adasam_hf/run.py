@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable
 from functools import partial
-from types import FunctionType, MethodType
 from typing import Any
 
 from torch import Tensor, nn
@@ -47,7 +46,7 @@ class SharpnessAwareRun:
         self._planned = 0  # steps of this training that were to be perturbed, as far as they have been logged
         self._perturbed = 0.0  # … and that were
         self._reasons: set[str] = set()
-        self._told_of_reuse = False
+        self._told_of_reuse = self._told_of_state = False
 
     def _build(self, trainer: SharpnessAwareTrainer, metrics: StepMetrics) -> None:
         """What holds on to the optimizer."""
@@ -60,7 +59,6 @@ class SharpnessAwareRun:
             metrics=metrics,
             around_descent=partial(counters.unchanged, trainer),
             beside=lambda: [*vars(trainer).values(), *(v for f in _loss_functions(trainer) for v in within_reach(f))],
-            holders=[trainer, *_objects_of(trainer.compute_loss_func)],
             loss_scale=partial(loss_scale, trainer.accelerator),
             owner=f"{type(trainer).__qualname__}.training_step",
         )
@@ -200,7 +198,10 @@ class SharpnessAwareRun:
                 (window.ascent_inputs[position],) = self._rows_of(trainer, [inputs]).batches
                 micro_batches = window.size
             ascent = partial(ascent_step, window.ascent_items, micro_batches)
+        tensors = _tensors_of(trainer)
         loss = self.step(window, inputs, stock_step, sync, ascent)
+        if window.plan.ascends and not self._told_of_state:
+            self._tell_of_state([name for name, now in _tensors_of(trainer).items() if tensors.get(name) != now])
         if window.reused and not self._told_of_reuse:
             self._tell_of_reuse(trainer, window)
         return loss
@@ -264,6 +265,15 @@ class SharpnessAwareRun:
 
     # ---- words at the start ----
 
+    def _tell_of_state(self, changed: list[str]) -> None:
+        if changed:
+            self._told_of_state = True
+            logger.warning(
+                f"the trainer keeps tensors that a pass changes ({', '.join(changed)}), and the second pass begins "
+                "with what the first one has left there; if the loss reads them, keep them on the model, where they are "
+                "put back between the passes"
+            )
+
     def _tell_of_reuse(self, trainer: SharpnessAwareTrainer, window: Window) -> None:
         self._told_of_reuse = True
         if trainer.is_world_process_zero():
@@ -300,9 +310,5 @@ def _loss_functions(trainer: SharpnessAwareTrainer) -> list[Any]:
     return [f for f in (trainer.compute_loss_func, method) if f is not None and f is not Trainer.compute_loss]
 
 
-def _objects_of(function: Any) -> list[Any]:
-    """The object that a loss function is, or is a method of, if it has attributes."""
-    found = (function, getattr(function, "__self__", None))
-    return [
-        one for one in found if hasattr(one, "__dict__") and not isinstance(one, (nn.Module, FunctionType, MethodType))
-    ]
+def _tensors_of(trainer: SharpnessAwareTrainer) -> dict[str, int]:
+    return {name: id(value) for name, value in vars(trainer).items() if type(value) is Tensor}

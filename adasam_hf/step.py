@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from transformers.utils import logging
 
@@ -68,7 +69,6 @@ class TwoPassStep:
         metrics: where what happens is counted.
         around_descent: a context for the stock steps of the descent, such as `counters.unchanged`.
         beside: things beside `model` in which there may be modules that its loss runs through; asked at every window.
-        holders: objects beside them whose attributes a pass may change, as it may those of modules.
         loss_scale: by which the gradients are larger than those of the loss (a gradient scaler's).
         owner: who takes the micro-batches, as messages name it.
         prefix: of the arguments' names in messages.
@@ -83,7 +83,6 @@ class TwoPassStep:
         metrics: StepMetrics,
         around_descent: Callable[[], AbstractContextManager[object]] = nullcontext,
         beside: Callable[[], Iterable[Any]] = tuple,
-        holders: Iterable[object] = (),
         loss_scale: Callable[[], float | Tensor] = lambda: 1.0,
         owner: str = "the loop",
         prefix: str = "sam_",
@@ -95,7 +94,7 @@ class TwoPassStep:
         self._model, self._optimizer = model, optimizer
         self._around_descent, self._loss_scale, self._owner = around_descent, loss_scale, owner
         self._prefix = prefix
-        self._beside, self._holders = beside, list(holders)
+        self._beside = beside
         self._trust = Trust()
         self._logits_seen = False  # whether a gradient has come to the logits of any micro-batch
         self._restrict = True  # whether the ascent may leave out the gradients of parameters that are not chosen
@@ -173,8 +172,7 @@ class TwoPassStep:
         """The stock step at w, on what the ascent sees and for the parameters that may move. Returns its loss."""
         frozen = FrozenOutputs(window.frozen, self._trust, window.models, window.generators)
         logits = LogitGradients(self._model) if self.settings.functional else None
-        holders = [*window.modules, *self._holders]
-        state = ModelState(holders, like=window.passes[-1].state if window.passes else None)
+        state = ModelState(window.modules, like=window.passes[-1].state if window.passes else None)
         one = Pass(copy_containers(inputs), rng.capture(window.generators), state, position, frozen, logits)
         weights = _weights_beside(self._optimizer, window.modules)
         window.passes.append(one)
@@ -245,7 +243,7 @@ class TwoPassStep:
         have_gradient = {p for p in trainable if p.grad is not None}
         if self.previous is not None and plan.direction is not None:
             self.previous.remember(plan.direction)
-        after_ascent = ModelState([*window.modules, *self._holders])
+        after_ascent = ModelState(window.modules)
         repeat = self.settings.same_masks and window.ascent_inputs is None
         if self.settings.same_masks and not repeat:
             # There are no masks to repeat, as those of the ascent had fewer rows: draw what a plain step would draw.
@@ -366,15 +364,17 @@ class _Weight(NamedTuple):
 
     def was_written_to(self) -> bool:
         now = self.of(self.parameter)
-        # (A teacher may be cast when it is first used.)
-        return now.kind == self.kind and (now.pointer, now.version) != (self.pointer, self.version)
+        # (Teachers are cast, and moved to and fro.)
+        moved = now.pointer != self.pointer and now.kind == self.kind and not self.parameter.requires_grad
+        return moved or now.version != self.version
 
 
 def _weights_beside(optimizer: Optimizer, modules: Iterable[nn.Module]) -> list[_Weight]:
     """Parameters of `modules` that `optimizer` does not have. (Without those that a forward pass keeps below a norm,
     `nn.Embedding(max_norm=...)`: once is as often as twice.)"""
     own = {p for m in modules if getattr(m, "max_norm", None) is None for p in m._parameters.values() if p is not None}
-    return [_Weight.of(p) for p in own - set(optimized(optimizer)) if type(p.data) is Tensor]
+    others = own - set(optimized(optimizer))
+    return [_Weight.of(p) for p in others if not is_lazy(p) and type(p.data) is Tensor]
 
 
 def _total(losses: list[Tensor], like: Tensor) -> Tensor:
@@ -383,7 +383,5 @@ def _total(losses: list[Tensor], like: Tensor) -> Tensor:
 
 
 def _versions(inputs: Any) -> dict[str, tuple[Tensor, int]]:
-    tensors = (
-        (path, leaf) for path, leaf in leaves("", inputs) if isinstance(leaf, Tensor) and not leaf.is_inference()
-    )
+    tensors = ((path, leaf) for path, leaf in leaves(inputs) if isinstance(leaf, Tensor) and not leaf.is_inference())
     return {path: (tensor, tensor._version) for path, tensor in tensors}

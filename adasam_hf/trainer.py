@@ -4,7 +4,7 @@ import copy
 import inspect
 import json
 from collections.abc import Callable
-from functools import partial, wraps
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -108,13 +108,15 @@ class SharpnessAwareTrainerMixin(ModelCardMixin, CompleteCheckpointsMixin, _Base
         self._sam_run: SharpnessAwareRun | None = None  # while a training lasts
         self._sam_log_entries: dict[str, float] = {}  # for the Trainer's own next log entry
         super().__init__(*positional, **named)
+        self._sam_check_arguments(self.args)  # which a class behind may have made itself
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if inspect.unwrap(cls.__init__) is SharpnessAwareTrainerMixin.__init__:
+        behind = super().__init__  # (unbound, as `cls` is a class)
+        combined = SharpnessAwareTrainerMixin in cls.__bases__ and behind is not object.__init__
+        if combined and "__init__" not in vars(cls):
             # Scripts look at signatures, to see which arguments a Trainer takes: show that of the class behind.
-            behind = super().__init__  # (unbound, as `cls` is a class)
-            cls.__init__ = _initializer(inspect.signature(behind))  # type: ignore[method-assign]
+            cls.__init__ = _initializer(cls, inspect.signature(behind))  # type: ignore[method-assign]
 
     @classmethod
     def _sam_complete_arguments(
@@ -124,23 +126,29 @@ class SharpnessAwareTrainerMixin(ModelCardMixin, CompleteCheckpointsMixin, _Base
 
         They are second in Transformers, third in trl's DPOTrainer, and anywhere in ``*args, **kwargs``.
         """
-        kinds = inspect.signature(initialize).parameters.values()
-        names = [parameter.name for parameter in kinds if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+        parameters = inspect.signature(initialize).parameters.values()
+        names = [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
         by_name = {**dict(zip(names, positional, strict=False)), **named}
-        args = by_name.get("args") or next((v for v in positional if isinstance(v, TrainingArguments)), None)
-        if args is None:
+        anywhere = (value for value in (*positional, *named.values()) if isinstance(value, TrainingArguments))
+        args = by_name.get("args") or next(anywhere, None)
+        if args is None and any(p.name == "args" or p.kind is p.VAR_KEYWORD for p in parameters):
             args = cls._sam_default_arguments("tmp_trainer")  # as in Transformers
             place = names.index("args") if "args" in names else 1
             if place < len(positional) and positional[place] is None:
                 positional = (*positional[:place], args, *positional[place + 1 :])
             else:
                 named = {**named, "args": args}
+        if args is not None:
+            cls._sam_check_arguments(args)
+        return positional, named
+
+    @staticmethod
+    def _sam_check_arguments(args: Any) -> None:
         if not isinstance(args, SharpnessAwareArgumentsMixin):
             raise TypeError(
                 f"args={type(args).__name__} has no sharpness-aware arguments; pass AdaSAMTrainingArguments, or a "
                 "class that combines SharpnessAwareArgumentsMixin with your own arguments"
             )
-        return positional, named
 
     # ---- the optimizer ----
 
@@ -280,10 +288,9 @@ class SharpnessAwareTrainerMixin(ModelCardMixin, CompleteCheckpointsMixin, _Base
             self._sam_running().planner.load_state(json.loads(path.read_text(encoding="utf-8")))
 
 
-def _initializer(signature: inspect.Signature) -> Callable[..., None]:
-    @wraps(SharpnessAwareTrainerMixin.__init__)
-    def __init__(self: SharpnessAwareTrainerMixin, *positional: Any, **named: Any) -> None:
-        SharpnessAwareTrainerMixin.__init__(self, *positional, **named)
+def _initializer(cls: Any, signature: inspect.Signature) -> Callable[..., None]:
+    def __init__(self: Any, *positional: Any, **named: Any) -> None:
+        super(cls, self).__init__(*positional, **named)
 
     __init__.__signature__ = signature  # type: ignore[attr-defined]
     return __init__

@@ -1,5 +1,6 @@
 """Of Transformers' Trainer, what the step extends is there, or is missed before anything is trained."""
 
+import functools
 import inspect
 
 import pytest
@@ -68,8 +69,6 @@ def test_a_class_behind_the_mixin_shows_its_own(tmp_path):
     kind = type("Kind", (SharpnessAwareTrainerMixin, TakesMore), {})
     assert inspect.signature(kind.__init__) == inspect.signature(TakesMore.__init__)
     assert inspect.signature(type("Later", (kind,), {}).__init__) == inspect.signature(TakesMore.__init__)
-    partly = type("Partly", (SharpnessAwareTrainerMixin,), {})  # a mixin of a script
-    assert inspect.signature(type("Whole", (partly, TakesMore), {})) == inspect.signature(TakesMore)
 
 
 @pytest.mark.parametrize("behind", [Trainer, TakesMore, TakesAnything])
@@ -85,6 +84,58 @@ def test_arguments_are_found_wherever_a_class_takes_them(behind, tmp_path, monke
     for positional, named in ((before, {"args": stock}), ((*before, stock), {})):
         with pytest.raises(TypeError, match="args=TrainingArguments has no sharpness-aware arguments"):
             kind(*positional, **named)
+
+
+class MakesItsOwn(Trainer):
+    def __init__(self, model, config):
+        super().__init__(model, config.pop("kind")(**config))
+
+
+def test_arguments_that_a_class_behind_makes_itself(tmp_path):
+    kind = type("Kind", (SharpnessAwareTrainerMixin, MakesItsOwn), {})
+    config = {"output_dir": str(tmp_path), "use_cpu": True, "report_to": "none"}
+    assert kind(make_model("bert"), {**config, "kind": AdaSAMTrainingArguments}).args.use_cpu
+    with pytest.raises(TypeError, match="args=TrainingArguments has no sharpness-aware arguments"):
+        kind(make_model("bert"), {**config, "kind": TrainingArguments})
+    with pytest.raises(TypeError, match="args=int has no sharpness-aware arguments"):
+        AdaSAMTrainer(make_model("bert"), 3)
+
+
+def test_constructors_of_subclasses_are_all_called(tmp_path, monkeypatch):
+    """In the order of inheritance, diamonds and patches included."""
+    arguments = AdaSAMTrainingArguments(str(tmp_path), optim="adasam", use_cpu=True, report_to="none")
+
+    class WithSampler(AdaSAMTrainer): ...
+
+    class WithLoss(AdaSAMTrainer):
+        def __init__(self, *args, alpha=0.5, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.alpha = alpha
+
+    class Extra(SharpnessAwareTrainerMixin):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.extra = True
+
+    assert type("Mine", (WithSampler, WithLoss), {})(make_model("bert"), arguments, alpha=1).alpha == 1
+    assert type("Mine", (AdaSAMTrainer, Extra), {})(make_model("bert"), arguments).extra
+
+    class Wrapped(AdaSAMTrainer):
+        @functools.wraps(AdaSAMTrainer.__init__)
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.mine = True
+
+    assert Wrapped(make_model("bert"), arguments).mine
+    seen, plain = [], AdaSAMTrainer.__init__
+
+    def patched(self, *args, **kwargs):
+        seen.append(type(self))
+        plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(AdaSAMTrainer, "__init__", patched)
+    WithSampler(make_model("bert"), arguments)
+    assert seen == [WithSampler]
 
 
 def test_a_trainer_may_have_attributes_of_any_public_or_private_name(tmp_path):

@@ -1,5 +1,6 @@
 """What a loss does besides: what it moves moves once and is the same for both passes, or is refused or told of."""
 
+import dataclasses
 import functools
 from collections import deque
 from types import SimpleNamespace
@@ -12,8 +13,9 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import parametrize
 from transformers import Trainer
+from transformers.modeling_outputs import BaseModelOutput
 
-from adasam_hf import AdaSAMTrainer, SharpnessAwareTrainerMixin, buffers, step
+from adasam_hf import AdaSAMTrainer, SharpnessAwareTrainerMixin, buffers, containers, step
 
 SCOPES = pytest.mark.parametrize("scope", ["batch", "microbatch"])
 
@@ -88,6 +90,9 @@ def test_collections_are_put_back_as_the_same_objects():
     assert not state.is_present()
     state.restore()
     assert state.is_present() and not hasattr(module, "later")
+    module.later = [1]
+    assert not state.is_present()
+    del module.later
     now = module.bank, module.seen, module.sizes
     assert all(a is b for a, b in zip(now, before, strict=True)) and now == contents
 
@@ -96,26 +101,75 @@ def test_collections_are_put_back_as_the_same_objects():
 
 
 class Carries(InOrder):
-    """Truncated backpropagation: the state of one micro-batch goes into the next, as a tensor, a number and a list."""
+    """Truncated backpropagation: the state of one micro-batch goes into the next."""
 
-    carried, count = torch.zeros(8), 0
+    carried = torch.zeros(8)
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
-        h = model.embed(inputs["input_ids"]).mean(1) + self.carried / (1 + self.count)
-        self.carried, self.count = h.detach().mean(0), self.count + 1
-        vars(self).setdefault("norms", []).append(h.detach().norm())
+        holder = model if self.on_model else self
+        h = model.embed(inputs["input_ids"]).mean(1) + getattr(holder, "carried", self.carried)
+        holder.carried = h.detach().mean(0)
         return cross_entropy(model.head(h), inputs["labels"])
 
 
 @SCOPES
-@pytest.mark.compat("Trainer behaviour", "state that `compute_loss` keeps on the trainer")
-def test_what_a_loss_keeps_on_the_trainer(build, scope):
-    def state(trainer):
-        assert trainer.count == 6
-        return [trainer.carried, *trainer.norms]
+@pytest.mark.compat("Trainer behaviour", "state that `compute_loss` keeps: on the model; told of if on the trainer")
+def test_what_a_loss_keeps_on_the_trainer_is_told_of(build, scope, caplog):
+    """There are also flags, caches and counters of others, which nobody may put back."""
+    on_model, on_trainer = (type("Carries", (Carries,), {"on_model": where}) for where in (True, False))
+    tiny, large = compare_with_stock(build, Words, on_model, scope)
+    assert tiny < 1e-8 and large > 1e-5 and "the trainer keeps tensors" not in caplog.text
+    tiny, _ = compare_with_stock(build, Words, on_trainer, scope)
+    assert tiny > 1e-5
+    told = [r.message for r in caplog.records if "the trainer keeps tensors that a pass changes (carried)" in r.message]
+    assert len(told) == 2  # once in each run with a radius
 
-    tiny, large = compare_with_stock(build, Words, Carries, scope, state)
-    assert tiny < 1e-8 and large > 1e-5
+
+class Keeps(InOrder):
+    """What scripts keep on a trainer, and expect to find there."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.teacher, self.cache, self.asked = None, {}, 0
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        if self.teacher is None:
+            self.teacher = nn.Linear(8, 3).double()
+            self.first = self.teacher
+        key = tuple(inputs["input_ids"].flatten().tolist())
+        if key not in self.cache:
+            self.asked += 1
+            self.cache[key] = len(self.cache)
+        return super().compute_loss(model, inputs, return_outputs, **kwargs)
+
+    def training_step(self, model, *args, **kwargs):
+        loss = super().training_step(model, *args, **kwargs)
+        self.gradient = model.head.weight.grad  # for a log
+        return loss
+
+
+@SCOPES
+def test_caches_flags_and_references_on_the_trainer_stay(build, scope):
+    def trained(base, **more):
+        trainer = build(
+            type("Mine", (Keeps, base), {}), Words(), make_rows(16), gradient_accumulation_steps=2, optim="sgd", **more
+        )
+        trainer.train()
+        return trainer
+
+    stock, tiny = trained(Plain), trained(Sharp, sam_rho=1e-10, sam_scope=scope)
+    assert tiny.teacher is tiny.first and tiny.asked == stock.asked == 4 and tiny.cache == stock.cache
+    assert (flat(tiny.model) - flat(stock.model)).abs().max() < 1e-8
+
+
+def test_what_is_made_on_first_use_stays():
+    module = Words()
+    module.inner = module.numbers = None
+    state = buffers.ModelState([module])
+    module.inner, module.numbers = nn.Linear(8, 8), iter([1, 2])
+    made = module.inner, module.numbers
+    state.restore()
+    assert (module.inner, module.numbers) == made and "inner" not in vars(module)
 
 
 # ---- of a loss function ----
@@ -295,6 +349,27 @@ def test_inputs_inside_others_that_a_loss_changes(build, in_place, caplog):
     plain.train()
     same = (flat(trainer.model) - flat(plain.model)).abs().max() < 1e-8
     assert same != in_place  # told of, as nobody can tell whether it matters
+
+
+@dataclasses.dataclass
+class Tree:
+    nodes: list
+    root: object
+    parent: object = None
+    cache: object = dataclasses.field(init=False)  # filled later
+
+
+def test_copies_of_inputs_keep_their_shape():
+    """What is in two places, or inside itself, is so in the copy; what is not set is not asked for."""
+    node = SimpleNamespace(x=torch.ones(2))
+    tree = Tree([node], node)
+    tree.parent = tree
+    copy = containers.copy_containers({"tree": tree})["tree"]
+    assert copy is not tree and copy.parent is copy and copy.root is copy.nodes[0] is not node
+    assert copy.root.x is node.x and not hasattr(copy, "cache")
+    assert dict(containers.leaves({"tree": tree})) == {"['tree'].nodes[0].x": node.x, "['tree'].root.x": node.x}
+    output = BaseModelOutput(last_hidden_state=torch.ones(2))
+    assert containers.copy_containers([output])[0].last_hidden_state is output.last_hidden_state
 
 
 # ---- training steps behind the mixin ----

@@ -1,5 +1,5 @@
 import math
-from functools import wraps
+from functools import partialmethod, wraps
 
 import numpy as np
 import pytest
@@ -783,6 +783,9 @@ def test_overrides_that_come_to_the_step_in_other_ways(build, monkeypatch):
     monkeypatch.setattr(Sharp, "training_step", timed, raising=False)
     assert perturbed(Sharp)
     monkeypatch.setattr(Sharp, "training_step", wraps(STEP)(timed), raising=False)
+    assert perturbed(Sharp)
+
+    monkeypatch.setattr(Sharp, "training_step", partialmethod(STEP), raising=False)
     assert perturbed(Sharp)
 
     def instead(self, model, inputs, *args, **kwargs):
