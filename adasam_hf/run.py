@@ -270,8 +270,8 @@ class SharpnessAwareRun:
             self._told_of_state = True
             logger.warning(
                 f"the trainer keeps tensors that a pass changes ({', '.join(changed)}), and the second pass begins "
-                "with what the first one has left there; if the loss reads them, keep them on the model, where they are "
-                "put back between the passes"
+                "with what the first one has left there; if the loss reads them, keep them on the model, where they "
+                "are put back between the passes"
             )
 
     def _tell_of_reuse(self, trainer: SharpnessAwareTrainer, window: Window) -> None:

@@ -70,7 +70,6 @@ class RunsOutOfMemory(InOrder):
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         if torch.equal(inputs["input_ids"][0], make_rows()[8]["input_ids"]):
-            # (A number would be put back for the second pass.)
             forward_pass = next(vars(self).setdefault("counter", itertools.count(1)))
             if self.failing is None or forward_pass in self.failing:
                 raise RuntimeError("CUDA out of memory")

@@ -487,6 +487,7 @@ def test_trl(preferences, name, how, scope, k, monkeypatch):
         assert real.logs[0][key] == pytest.approx(stock.logs[0][key], abs=1e-9)
     monkeypatch.setattr(counters, "COUNTERS", ())  # the control
     twice = run(True, sam_rho=RHO)
+    assert twice.logs[0]["num_tokens"] == 2 * stock.logs[0]["num_tokens"]
     assert abs(twice.logs[0]["entropy"] - stock.logs[0]["entropy"]) > 1e-6
 
 

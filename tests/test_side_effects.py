@@ -231,7 +231,11 @@ def test_a_global_generator_of_a_loss(build, scope):
         trainer.train()
         results.append((flat(trainer.model), trainer.shares))
     (stock, shares), (got, again) = results
-    assert again == shares and len(set(shares)) == 4 and (got - stock).abs().max() < 1e-8
+    assert (
+        again == [share for share in shares for _ in range(2)]
+        and len(set(shares)) == 4
+        and (got - stock).abs().max() < 1e-8
+    )
 
 
 # ---- weights outside the optimizer ----
@@ -409,5 +413,7 @@ def test_the_step_looks_at_the_weights_that_it_does_not_perturb():
     assert not written(lambda: None)
     with torch.no_grad():
         assert written(lambda: module.weight.mul_(2)) and not written(lambda: module.bias.mul_(2))
+    assert not written(lambda: setattr(module.weight, "data", module.weight.data * 2))  # trained: moved to and fro
+    module.weight.requires_grad_(False)
     assert written(lambda: setattr(module.weight, "data", module.weight.data * 2))
     assert not written(module.double)
