@@ -111,7 +111,7 @@ class ModelState:
                 if isinstance(attributes[name], _STATE):
                     del attributes[name]
             for name, value in plain.items():
-                # (What has become of None on first use, such as a module, is no state, and stays.)
+                # (An object made on first use in the place of None, such as a module, is not state, and stays.)
                 now = attributes.get(name, _ABSENT)
                 made = name in attributes.get("_modules", ()) if now is _ABSENT else not isinstance(now, _STATE)
                 if now is not value and not made:

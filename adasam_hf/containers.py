@@ -21,8 +21,12 @@ def copy_containers(value: Any, memo: dict[int, Any] | None = None) -> Any:
         for key, item in value.items():
             result[key] = copy_containers(item, memo)
         return result
-    if type(value) in (list, tuple):
-        return type(value)(copy_containers(item, memo) for item in value)
+    if type(value) is list:
+        memo[id(value)] = items = list[Any]()
+        items.extend(copy_containers(item, memo) for item in value)
+        return items
+    if type(value) is tuple:
+        return tuple(copy_containers(item, memo) for item in value)
     if (named := _fields(value)) is None:
         return value
     memo[id(value)] = result = copy.copy(value)
@@ -88,6 +92,6 @@ def _items(value: Mapping[Any, Any] | list[Any] | tuple[Any, ...]) -> Iterable[A
 _OF_EVERY_MODULE = frozenset(vars(nn.Module())) - {"training"}
 
 
-def own_attributes(holder: Any) -> Iterator[tuple[str, Any]]:
-    """Attributes of a module, without torch's own, of which only ``training`` is state; or of any other object."""
-    return ((name, value) for name, value in vars(holder).items() if name not in _OF_EVERY_MODULE)
+def own_attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Attributes of a module, without torch's own, of which only ``training`` is state."""
+    return ((name, value) for name, value in vars(module).items() if name not in _OF_EVERY_MODULE)

@@ -2,7 +2,7 @@
 
 from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers.utils import logging
 
@@ -84,6 +84,8 @@ class Planner:
     def _look(self) -> None:
         """After an update: whether it has left nothing to go along, for a direction that needs no first pass."""
         direction = self.own_direction
+        if not any(self.radii):
+            return  # a stock run, whatever the direction makes of this optimizer
         found = direction.first_pass or not just_updated(self._optimizer) or self._has_vectors(direction)
         self._without_vectors = not found
 
@@ -169,7 +171,8 @@ class Planner:
         ]
 
     def _has_vectors(self, direction: Direction) -> bool:
-        return any(direction(p) is not None for p in optimized(self._optimizer))
+        # (The smallest first, as a direction may draw its vectors.)
+        return any(direction(p) is not None for p in sorted(optimized(self._optimizer), key=Tensor.numel))
 
     # What a resumed training could not know otherwise.
 

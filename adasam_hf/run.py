@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from transformers import Trainer
@@ -21,12 +21,23 @@ from .rows import AscentRows, choose_rows, is_paired
 from .step import StepSettings, TwoPassStep
 from .step_metrics import SKIPPED, StepMetrics, loss_scale
 from .synchronization import Synchronization, ascends_per_process
-from .window import Window
+from .window import Window, version
 
 logger = logging.get_logger(__name__)
 
 AscentStep = Callable[[Tensor | int | None, int, Any], Tensor]
 """The stock step for a share of the rows: with their `num_items_in_batch`, and the number of their micro-batches."""
+
+
+class _Value(NamedTuple):
+    """A tensor or a number that a trainer keeps, and how often the tensor has been written to."""
+
+    value: Tensor | float
+    version: int | None
+
+    def differs(self, other: "_Value") -> bool:
+        same = self.value is other.value or (not isinstance(self.value, Tensor) and self.value == other.value)
+        return not same or self.version != other.version
 
 
 class SharpnessAwareRun:
@@ -198,10 +209,10 @@ class SharpnessAwareRun:
                 (window.ascent_inputs[position],) = self._rows_of(trainer, [inputs]).batches
                 micro_batches = window.size
             ascent = partial(ascent_step, window.ascent_items, micro_batches)
-        tensors = _tensors_of(trainer)
+        before = _state_of(trainer)
         loss = self.step(window, inputs, stock_step, sync, ascent)
         if window.plan.ascends and not self._told_of_state:
-            self._tell_of_state([name for name, now in _tensors_of(trainer).items() if tensors.get(name) != now])
+            self._tell_of_state(before, _state_of(trainer))
         if window.reused and not self._told_of_reuse:
             self._tell_of_reuse(trainer, window)
         return loss
@@ -265,11 +276,11 @@ class SharpnessAwareRun:
 
     # ---- words at the start ----
 
-    def _tell_of_state(self, changed: list[str]) -> None:
-        if changed:
+    def _tell_of_state(self, before: dict[str, _Value], now: dict[str, _Value]) -> None:
+        if changed := [name for name, value in now.items() if name not in before or value.differs(before[name])]:
             self._told_of_state = True
             logger.warning(
-                f"the trainer keeps tensors that a pass changes ({', '.join(changed)}), and the second pass begins "
+                f"the trainer keeps what a pass changes ({', '.join(changed)}), and the second pass begins "
                 "with what the first one has left there; if the loss reads them, keep them on the model, where they "
                 "are put back between the passes"
             )
@@ -310,5 +321,10 @@ def _loss_functions(trainer: SharpnessAwareTrainer) -> list[Any]:
     return [f for f in (trainer.compute_loss_func, method) if f is not None and f is not Trainer.compute_loss]
 
 
-def _tensors_of(trainer: SharpnessAwareTrainer) -> dict[str, int]:
-    return {name: id(value) for name, value in vars(trainer).items() if type(value) is Tensor}
+def _state_of(trainer: SharpnessAwareTrainer) -> dict[str, _Value]:
+    """Its attributes that are tensors or numbers, but for what `counters` takes care of."""
+    return {
+        name: _Value(value, version(value) if isinstance(value, Tensor) else None)
+        for name, value in vars(trainer).items()
+        if type(value) in (Tensor, int, float) and name not in counters.COUNTERS
+    }

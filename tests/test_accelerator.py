@@ -438,6 +438,7 @@ def test_the_host_does_not_wait_inside_a_step(optimizer, kind, scope):
     with no_synchronization():
         for _ in range(3):
             take_step(step, model, optimizer, batches, direction, scope)
+    assert set(step.perturbation.moved) == set(model.parameters())  # a plain step would have nothing to wait for
 
 
 def optimizer_step(model, optimizer, one):
@@ -455,6 +456,7 @@ def test_the_host_does_not_wait_for_noise():
     take_step(step, model, optimizer, [one], direction)
     with no_synchronization():
         take_step(step, model, optimizer, [one], direction)
+    assert step.metrics.perturbed_here == 2
 
 
 class Reads(Gradient):
@@ -478,15 +480,19 @@ def test_the_closure_does_not_wait():
     optimizer = AdaSAM(model.parameters(), rho=RHO)
     one = {name: value.to(VALUELESS) for name, value in batch().items()}
 
+    passes = []
+
     def closure():
         optimizer.zero_grad()
         loss = model(**one)["loss"]
         loss.backward()
+        passes.append(loss)
         return loss
 
     optimizer.step(closure)
     with no_synchronization():
         optimizer.step(closure)
+    assert len(passes) == 4  # two in each step
 
 
 @pytest.fixture

@@ -103,14 +103,13 @@ def low_rank_run(tmp_path, **arguments):
     args = AdaSAMTrainingArguments(
         output_dir=str(tmp_path),
         optim="sgd",
-        sam_rho=0.1,
         max_steps=3,
         per_device_train_batch_size=4,
         save_strategy="no",
         use_cpu=True,
         report_to="none",
         disable_tqdm=True,
-        **arguments,
+        **{"sam_rho": 0.1, **arguments},
     )
     before = flat(model)
     optimizer = LowRank(model.parameters(), lr=1e-3)
@@ -130,3 +129,7 @@ def test_a_low_rank_moment_is_refused(tmp_path, arguments):
 
 def test_a_low_rank_moment_does_not_hinder_the_gradient(tmp_path):
     low_rank_run(tmp_path)
+
+
+def test_a_low_rank_moment_is_nothing_to_a_stock_run(tmp_path):
+    low_rank_run(tmp_path, sam_direction="momentum", sam_rho=0.0)

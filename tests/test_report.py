@@ -697,6 +697,12 @@ def test_the_readme_has_the_means_of_the_records():
     losses = [np.array([r["loss"] for r in rows if r["optim"] == o]) for o in ("amsgrad", "adasam")]
     cells = " | ".join(f"{loss.mean():.3f} ± {loss.std(ddof=1):.3f}" for loss in losses)
     assert f"the same: held-out loss | {cells} |" in readme
+    more, less = losses
+    interval = stats.ttest_1samp(less - more, 0).confidence_interval(0.95)
+    assert f"**higher** by {(less - more).mean():.2f} ± {(interval.high - interval.low) / 2:.2f}" in readme
+    report = (ROOT / "results/evidence/REPORT.md").read_text(encoding="utf-8")
+    (row,) = [line for line in report.splitlines() if line.startswith("| SST2 | AMSGrad | 0.0001 |")]
+    assert row.split("|")[-2].split()[0] == "5.9" and "AMSGrad at AdaSAM's has 0.006" in readme
     for sweep, task, metric, scale, digits in (
         ("same_rate", "sst2", "eval_cross_entropy", 1, 3),
         ("same_rate", "sst2", "eval_accuracy", 100, 1),

@@ -112,16 +112,39 @@ class Carries(InOrder):
         return cross_entropy(model.head(h), inputs["labels"])
 
 
+class Accumulates(InOrder):
+    """A number that the loss is weighted with, or a tensor that is changed in place."""
+
+    weight, running = 1.0, None
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        if self.how == "number":
+            self.weight *= 0.9
+        if self.how == "in place":
+            self.running.mul_(0.9)
+        return super().compute_loss(model, inputs, return_outputs, **kwargs)
+
+
+@pytest.mark.parametrize("how", ["number", "in place", "nothing"])
+def test_numbers_and_changes_in_place_on_the_trainer_are_told_of(build, how, caplog):
+    trainer = build(type("Mine", (Accumulates, Sharp), {"how": how}), Words(), make_rows(8), optim="sam")
+    trainer.weight, trainer.running = 1.0, torch.ones(2)
+    trainer.train()
+    told = {"number": "(weight)", "in place": "(running)"}.get(how)
+    found = [record.message for record in caplog.records if "the trainer keeps what a pass changes" in record.message]
+    assert len(found) == (told is not None) and all(told in message for message in found)
+
+
 @SCOPES
 @pytest.mark.compat("Trainer behaviour", "state that `compute_loss` keeps: on the model; told of if on the trainer")
 def test_what_a_loss_keeps_on_the_trainer_is_told_of(build, scope, caplog):
     """There are also flags, caches and counters of others, which nobody may put back."""
     on_model, on_trainer = (type("Carries", (Carries,), {"on_model": where}) for where in (True, False))
     tiny, large = compare_with_stock(build, Words, on_model, scope)
-    assert tiny < 1e-8 and large > 1e-5 and "the trainer keeps tensors" not in caplog.text
+    assert tiny < 1e-8 and large > 1e-5 and "the trainer keeps what" not in caplog.text
     tiny, _ = compare_with_stock(build, Words, on_trainer, scope)
     assert tiny > 1e-5
-    told = [r.message for r in caplog.records if "the trainer keeps tensors that a pass changes (carried)" in r.message]
+    told = [r.message for r in caplog.records if "the trainer keeps what a pass changes (carried)" in r.message]
     assert len(told) == 2  # once in each run with a radius
 
 
@@ -372,6 +395,9 @@ def test_copies_of_inputs_keep_their_shape():
     assert copy is not tree and copy.parent is copy and copy.root is copy.nodes[0] is not node
     assert copy.root.x is node.x and not hasattr(copy, "cache")
     assert dict(containers.leaves({"tree": tree})) == {"['tree'].nodes[0].x": node.x, "['tree'].root.x": node.x}
+    shared = [torch.ones(2)]
+    one, other = containers.copy_containers([shared, shared])
+    assert one is other is not shared
     output = BaseModelOutput(last_hidden_state=torch.ones(2))
     assert containers.copy_containers([output])[0].last_hidden_state is output.last_hidden_state
 

@@ -261,7 +261,7 @@ def _run_in_time(name: str, output_dir: Path) -> str:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(PACKAGE.parent), *_paths()])}
     if name != "tests":  # which are about several GPUs, too
         environment.setdefault("CUDA_VISIBLE_DEVICES", "0")
-    log = Path("runs") / "accelerator" / f"{name}.log"  # which is no record
+    log = Path("runs") / "accelerator" / f"{name}.log"  # a log, so not in the folder of records
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "w", encoding="utf-8") as out:
         process = subprocess.Popen(command, stdout=out, stderr=out, env=environment, start_new_session=True)

@@ -38,7 +38,7 @@ def provenance() -> dict[str, Any]:
     """Commit (and whether the files differ from it), versions and hardware."""
     # An installed copy may lie inside the repository of someone else's project.
     tracked = _git("ls-files", "--error-unmatch", "__init__.py") is not None
-    # (Records that a run writes anew are no change of what runs.)
+    # (Records that a run overwrites do not change the code that runs.)
     changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)results")
     added = _git("ls-files", "--others", "--exclude-standard", "--full-name", ":/*.py", ":/*.yaml")  # not records
     bundle = Path(adasam_hf.__file__).parents[1] / BUNDLE

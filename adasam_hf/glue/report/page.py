@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +120,6 @@ def runs_section(grid: Grid, folder: Path) -> dict[str, Any]:
     rows = difference_rows(grid)
     header = ["methods", "task", "quantity", "difference", "pairs", "p", "Holm's p", "detectable"]
     reliability = any(run["metrics"].get("eval_reliability") for run in grid.runs.values())
-    radius = measured_at(list(grid.runs.values()))
     if rows:
         plot_differences(rows, folder / f"{grid.sweep}_differences.png")
     plot_losses(grid, folder / f"{grid.sweep}_loss.png")
@@ -128,11 +127,7 @@ def runs_section(grid: Grid, folder: Path) -> dict[str, Any]:
         plot_reliability(grid, folder / f"{grid.sweep}_reliability.png")
     return {
         "sentences": [row.sentence for row in rows if row.pair == "AdaSAM – AMSGrad"],
-        "tables": [
-            (what, table(grid, value, digits))
-            for what, value, digits in (*QUANTITIES, (f"`sam_gap` × 1000 at radius {radius}", thousandths, 1))
-            if any(not math.isnan(value(r)) for r in grid.runs.values())
-        ],
+        "tables": [(what, table(grid, value, digits)) for what, value, digits in measured(list(grid.runs.values()))],
         "differences": markdown(header, [row.cells for row in rows]) if rows else None,
         "reliability": reliability,
     }
@@ -141,11 +136,17 @@ def runs_section(grid: Grid, folder: Path) -> dict[str, Any]:
 def trials_table(trials: Sequence[Record], path: Path) -> str:
     """The trials of one sweep, one row for each point of the grid; also draws them to `path`."""
     plot_rates(trials, path)
-    rows = []
+    rows, columns = [], measured(trials)
     for (_, task, method, point), seeds in sorted(points(trials).items(), key=lambda item: item[0][1:]):
-        cells = [spread({s: value(r) for s, r in seeds.items()}, digits) for _, value, digits in QUANTITIES]
+        cells = [spread({s: value(r) for s, r in seeds.items()}, digits) for _, value, digits in columns]
         rows.append([task.upper(), name(method), Choice.label(dict(point)), str(len(seeds)), *cells])
-    return markdown(["task", "method", "rate / radius", "seeds", *(what for what, *_ in QUANTITIES)], rows)
+    return markdown(["task", "method", "rate / radius", "seeds", *(what for what, *_ in columns)], rows)
+
+
+def measured(runs: Sequence[Record]) -> list[tuple[str, Callable[[Record], float], int]]:
+    """The quantities, and the gap, that at least one of `runs` has; each with its name and its digits."""
+    quantities = (*QUANTITIES, (f"`sam_gap` × 1000 at radius {measured_at(runs)}", thousandths, 1))
+    return [one for one in quantities if any(not math.isnan(one[1](run)) for run in runs)]
 
 
 def thousandths(run: Record) -> float:
